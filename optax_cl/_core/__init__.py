@@ -1,0 +1,1 @@
+"""What the method rooms share: trees, matrices, bases, task boundaries, checks."""

@@ -1,0 +1,120 @@
+"""Argument checks, and the wording of their errors.
+
+Every message names the argument, what came, what was expected and what to do. Checks
+on hyper-parameters let arrays and tracers through, so that ``optax.inject_hyperparams``
+and ``jax.vmap`` over hyper-parameters work; only Python and NumPy scalars are judged.
+"""
+
+import math
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_concrete_number(value: Any) -> bool:
+    """Whether ``value`` is a Python or NumPy scalar whose value can be judged now."""
+    if isinstance(value, bool | np.bool_):
+        return False
+    return isinstance(value, numbers.Real | np.number) or (
+        isinstance(value, np.ndarray) and value.ndim == 0
+    )
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+    schedule: bool = False,
+) -> None:
+    """Raises unless ``value`` is a finite number in the given interval.
+
+    Arrays and tracers pass unjudged (their value is not known at trace time); callables
+    pass if ``schedule`` is true.
+    """
+    if schedule and callable(value):
+        return
+    if not is_concrete_number(value):
+        if isinstance(value, jax.Array):
+            if value.ndim != 0:
+                raise ValueError(
+                    f"`{name}` must be a scalar; got an array of shape {value.shape}."
+                )
+            return
+        wanted = "a number or an Optax schedule" if schedule else "a number"
+        raise TypeError(
+            f"`{name}` must be {wanted}; got {value!r} of type {type(value).__name__}."
+        )
+    v = float(value)
+    below = v <= low if open_low else v < low
+    above = v >= high if open_high else v > high
+    if not math.isfinite(v) or below or above:
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(
+            f"`{name}` must be a finite number in {left}{low:g}, {high:g}{right}; got "
+            f"{value!r}."
+        )
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a positive Python integer (sizes are static)."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(
+            f"`{name}` must be a Python integer, since it fixes array shapes; got "
+            f"{value!r} of type {type(value).__name__}."
+        )
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {value}.")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
+
+
+def check_params(method: str, params: Any) -> None:
+    """Raises if a method that reads parameters was called without them."""
+    if params is None:
+        raise ValueError(
+            f"`{method}` reads the parameters, but `params` is None. Call "
+            "`tx.update(grads, state, params)`."
+        )
+
+
+def path_str(path: Any) -> str:
+    """A leaf's path as users write it: ``dense/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "<root>"
+
+
+def check_same_shapes(name: str, tree: Any, reference: Any, expected: str) -> None:
+    """Raises unless ``tree`` has the structure and leaf shapes of ``reference``."""
+    if jax.tree.structure(tree) != jax.tree.structure(reference):
+        raise ValueError(
+            f"`{name}` must have the tree structure of {expected}; got "
+            f"{_paths(tree)} where {_paths(reference)} was expected."
+        )
+
+    def check(path, leaf, ref):
+        if jnp.shape(leaf) != jnp.shape(ref):
+            raise ValueError(
+                f"`{name}` must have the leaf shapes of {expected}; at "
+                f"`{path_str(path)}` got {jnp.shape(leaf)}, expected {jnp.shape(ref)}."
+            )
+
+    jax.tree_util.tree_map_with_path(check, tree, reference)
+
+
+def _paths(tree: chex.ArrayTree) -> str:
+    paths = [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    shown = ", ".join(paths[:6]) + (", ..." if len(paths) > 6 else "")
+    return f"{len(paths)} leaves ({shown})"
