@@ -1,0 +1,20 @@
+"""What holds in every test: eight devices, no silent broadcasting, fixed examples."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "optax_cl", deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("optax_cl")
+
+
+@pytest.fixture
+def x64():
+    """Computes the test in 64 bits, so that an oracle can be met closely."""
+    with jax.enable_x64(True):
+        yield
