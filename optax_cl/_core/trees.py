@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cl._core import checks
+
 
 def is_masked(node: Any) -> bool:
     """Whether ``node`` is the placeholder that ``optax.masked`` leaves."""
@@ -18,16 +20,46 @@ def is_hole(node: Any) -> bool:
     return node is None or is_masked(node)
 
 
-def align(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
-    """Gives ``tree`` the mask pattern of ``like``.
+def align(name: str, tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
+    """Gives ``tree`` the mask pattern of ``like``, and checks that the shapes agree.
 
     ``optax.masked`` hides leaves of the updates, but not those of extra arguments.
     Where ``like`` has a ``MaskedNode`` (or None), whatever ``tree`` holds there is
     replaced by it, so that the two can be mapped over together.
+
+    Args:
+      name: What ``tree`` is called in error messages.
+      tree: A tree with the structure of ``like``, or of ``like`` before masking.
+      like: The updates that a transformation received.
+
+    Returns:
+      ``tree`` with the structure of ``like``.
+
+    Raises:
+      ValueError: If structure or leaf shapes disagree.
     """
-    return jax.tree.map(
-        lambda ref, leaf: ref if is_hole(ref) else leaf, like, tree, is_leaf=is_hole
-    )
+    aligned = align_structure(name, tree, like)
+    checks.check_same_shapes(name, aligned, like, "the updates")
+    return aligned
+
+
+def align_structure(
+    name: str, tree: chex.ArrayTree, like: chex.ArrayTree
+) -> chex.ArrayTree:
+    """As ``align``, but leaves of ``tree`` may be anything (a basis, an importance)."""
+    try:
+        return jax.tree.map(
+            lambda ref, node: ref if is_hole(ref) else node,
+            like,
+            tree,
+            is_leaf=is_hole,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{name}` must have the tree structure of the updates (leaves hidden by "
+            f"a mask may be present); got {jax.tree.structure(tree)}, expected "
+            f"{jax.tree.structure(like)}."
+        ) from error
 
 
 def vdot(a: chex.ArrayTree, b: chex.ArrayTree) -> chex.Array:
