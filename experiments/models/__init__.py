@@ -1,0 +1,1 @@
+"""Models the studies train, as pure functions of plain parameter trees."""
