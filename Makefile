@@ -46,7 +46,7 @@ format: $(VENV)/.installed-dev ## Format, and mend what the linter can mend
 	$(PY) -m ruff format .
 
 types: $(VENV)/.installed-dev ## Check the types
-	$(PY) -m pyrefly check
+	$(PY) -m pyrefly check --python-interpreter-path $(PY)
 
 docs: $(VENV)/.installed-docs ## Build the documentation into docs/_build/html
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
