@@ -1,9 +1,13 @@
 """What holds in every test: eight devices, no silent broadcasting, fixed examples."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
 
+# On the CPU, whatever the machine has, unless the environment asks for another.
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
