@@ -1,8 +1,31 @@
 """Continual learning as Optax gradient transformations."""
 
+from optax_cl._core.matrices import MatrixView as MatrixView
+from optax_cl._core.matrices import matrix_views as matrix_views
+from optax_cl._core.tasks import Statistics as Statistics
+from optax_cl._core.tasks import Task as Task
+from optax_cl._core.tasks import begin_task as begin_task
+from optax_cl._core.tasks import classification as classification
+from optax_cl._core.tasks import collect as collect
+from optax_cl._core.tasks import describe as describe
+from optax_cl._core.tasks import end_task as end_task
+from optax_cl._core.tasks import grow as grow
+from optax_cl._core.tasks import map_states as map_states
+from optax_cl._core.tasks import reset_state as reset_state
+from optax_cl.routing import Context as Context
+from optax_cl.routing import Rule as Rule
+from optax_cl.routing import attenuate as attenuate
+from optax_cl.routing import balance as balance
 from optax_cl.routing import capture_raw as capture_raw
 from optax_cl.routing import chain as chain
+from optax_cl.routing import constant as constant
+from optax_cl.routing import one_minus as one_minus
+from optax_cl.routing import project as project
+from optax_cl.routing import proportional as proportional
+from optax_cl.routing import protect as protect
+from optax_cl.routing import ratchet as ratchet
 from optax_cl.routing import scale_by_decoupled_adam as scale_by_decoupled_adam
 from optax_cl.routing import scale_by_decoupled_amsgrad as scale_by_decoupled_amsgrad
+from optax_cl.routing import spring as spring
 
 __version__ = "0.1.0"

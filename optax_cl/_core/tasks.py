@@ -139,7 +139,8 @@ class Boundary(NamedTuple):
       end_task: ``(state, params, results) -> state``, pure; same structure and shapes.
       begin_task: ``(state, params) -> state``, pure; same structure and shapes.
       like: ``state -> tree`` like params, with holes where the method hides leaves.
-      usage: ``state -> (tasks stored, capacity or None)``.
+      usage: ``state -> (tasks stored, capacity or None)``; None for averages that are
+        no memory of tasks.
       check: ``state -> None``; raises, outside jit, if another task will not fit.
       grow: ``(state, capacity) -> state`` with more room; None if nothing can grow.
       project: ``(state, tree) -> tree``, takes the protected subspace out of a tree
@@ -485,8 +486,10 @@ def describe(opt_state: optax.OptState) -> tuple[MemoryDescription, ...]:
     rows = []
     for path, state in _find_with_path(opt_state):
         boundary = _BOUNDARIES[type(state)]
+        if boundary.usage is None:  # an average, not a memory of tasks
+            continue
         inner = sum(_bytes(s) for s in _find_inside(state))
-        tasks, capacity = boundary.usage(state) if boundary.usage else (None, None)
+        tasks, capacity = boundary.usage(state)
         rows.append(
             MemoryDescription(
                 method=type(state).__name__.removesuffix("State"),
@@ -610,7 +613,7 @@ def _result_name(p: Pass, index: int) -> str:
 def _reiterable(batches: Any, depth: int) -> Iterable[Any]:
     if depth > 1 and iter(batches) is batches:
         raise ValueError(
-            f"`batches` is an iterator, which can be gone through once, but the methods "
+            "`batches` is an iterator, which can be gone through once, but the methods "
             f"in the optimizer need {depth} passes. Pass a list of batches."
         )
     return batches

@@ -1,7 +1,9 @@
 """The heart: two gradients in one chain.
 
 ``capture_raw`` and ``chain`` bind the raw gradient; ``scale_by_decoupled_adam`` and its
-kin let each moment read the raw or the routed one.
+kin let each moment read the raw or the routed one. ``protect`` owns the basis of a
+protected subspace, which ``attenuate`` and ``project`` read; rules say how much they
+take away.
 """
 
 from optax_cl.routing._adam import (
@@ -16,3 +18,17 @@ from optax_cl.routing._adam import (
 )
 from optax_cl.routing._capture import capture_raw as capture_raw
 from optax_cl.routing._capture import chain as chain
+from optax_cl.routing._protect import AttenuateState as AttenuateState
+from optax_cl.routing._protect import ProtectState as ProtectState
+from optax_cl.routing._protect import Subspace as Subspace
+from optax_cl.routing._protect import attenuate as attenuate
+from optax_cl.routing._protect import project as project
+from optax_cl.routing._protect import protect as protect
+from optax_cl.routing._rules import Context as Context
+from optax_cl.routing._rules import Rule as Rule
+from optax_cl.routing._rules import balance as balance
+from optax_cl.routing._rules import constant as constant
+from optax_cl.routing._rules import one_minus as one_minus
+from optax_cl.routing._rules import proportional as proportional
+from optax_cl.routing._rules import ratchet as ratchet
+from optax_cl.routing._rules import spring as spring

@@ -1,0 +1,212 @@
+"""Protected subspaces of a task's gradients: bases and the curvature in them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_cl._core import checks, linalg, tasks, trees
+from optax_cl._core.matrices import MatrixView, ViewRule, to_matrix
+
+OVERSAMPLE = 8  # extra columns of the randomized sketch
+
+
+def map_matrices(
+    views: ViewRule,
+    function: Callable[[chex.Array, MatrixView], Any],
+    tree: chex.ArrayTree,
+) -> chex.ArrayTree:
+    """Maps over the leaves that have a matrix view; ``MaskedNode`` elsewhere."""
+
+    def one(path, leaf):
+        view = views(checks.path_str(path), jnp.shape(leaf))
+        return optax.MaskedNode() if view is None else function(leaf, view)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def coefficients(
+    views: ViewRule, basis: chex.ArrayTree, tree: chex.ArrayTree
+) -> chex.ArrayTree:
+    """``U^T G`` at every protected leaf of ``tree``; ``MaskedNode`` elsewhere.
+
+    Args:
+      views: Which leaves are matrices.
+      basis: U, ``[*batch, in, r]``, or ``MaskedNode``, at the leaves of ``tree``; may
+        have more leaves than ``tree``, where ``tree`` is masked.
+      tree: Updates or parameters.
+
+    Returns:
+      A tree of ``[*batch, r, out]``, float32 or wider.
+    """
+    basis = trees.align_structure("basis", basis, tree)
+
+    def one(path, leaf, u):
+        if trees.is_masked(u):
+            return u
+        view = views(checks.path_str(path), leaf.shape)
+        return linalg.coefficients(u, to_matrix(leaf, view))
+
+    return jax.tree_util.tree_map_with_path(one, tree, basis)
+
+
+def rotate_curvature(old_basis, new_basis, old, task):
+    """``(U_new^T U_old)^2 Lambda + Lambda_task``, squares elementwise."""
+
+    def one(u_old, u_new, lam, lam_task):
+        mixing = linalg.coefficients(u_new, u_old) ** 2
+        return linalg.lift(mixing, lam) + lam_task
+
+    return jax.tree.map(one, old_basis, new_basis, old, task)
+
+
+@functools.cache
+def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pass:
+    """The pass that finds the merged basis of a task's batch gradients.
+
+    Its result is ``{"basis": U, "energy": e}`` for a state that has ``basis``,
+    ``energy`` and ``threshold``; see ``protect``.
+    """
+
+    def test_matrix(u):
+        *batch, fan_in, r = u.shape
+        # One fixed draw: any matrix in general position does, and a boundary must not
+        # depend on anything but its data.
+        return jax.random.normal(
+            jax.random.key(0), (*batch, fan_in, min(r + OVERSAMPLE, fan_in)), u.dtype
+        )
+
+    def init(state, params):
+        basis = trees.align_structure("basis", state.basis, params)
+
+        def one(u):
+            *batch, fan_in, _ = u.shape
+            width = fan_in if svd == "exact" else test_matrix(u).shape[-1]
+            return {
+                "sum": jnp.zeros((*batch, fan_in, width), u.dtype),
+                "trace": jnp.zeros(batch, u.dtype),
+            }
+
+        return jax.tree.map(one, basis)
+
+    def step(acc, data):
+        gradient, _ = batch_gradient(data, labels)
+        basis = trees.align_structure("basis", data.state.basis, gradient)
+
+        def one(path, g, u, a):
+            if trees.is_masked(u):
+                return u
+            view = views(checks.path_str(path), g.shape)
+            matrix = to_matrix(g, view).astype(u.dtype)
+            if svd == "exact":
+                product = linalg.gram(matrix)
+            else:
+                inner = jnp.swapaxes(
+                    linalg.coefficients(test_matrix(u), matrix), -1, -2
+                )
+                product = linalg.lift(matrix, inner)
+            return {
+                "sum": a["sum"] + product,
+                "trace": a["trace"] + jnp.sum(matrix**2, axis=(-2, -1)),
+            }
+
+        return jax.tree_util.tree_map_with_path(one, gradient, basis, acc)
+
+    def finish(acc, state, earlier):
+        del earlier
+
+        def one(u, e, a):
+            if memory == "last":
+                u, e = jnp.zeros_like(u), jnp.zeros_like(e)
+            trace = a["trace"][..., None, None]
+            normalised = a["sum"] / jnp.where(trace > 0, trace, 1.0)
+            if svd == "exact":
+                basis, energy = linalg.merge_gram(u, e, normalised)
+            else:
+                factor = linalg.nystrom_factor(normalised, test_matrix(u))
+                basis, energy = linalg.merge_factor(u, e, factor)
+            total = jnp.sum(e, axis=-1) + (a["trace"] > 0)
+            basis, energy = linalg.keep_energy(basis, energy, total, state.threshold)
+            return {"basis": basis, "energy": energy}
+
+        # Leaves that this pass did not see (hidden by a mask) do not occur: a state's
+        # own mask decides which leaves it holds.
+        merged = jax.tree.map(one, state.basis, state.energy, acc)
+        split = lambda name: jax.tree.map(  # noqa: E731
+            lambda u, m: m[name], state.basis, merged
+        )
+        return {"basis": split("basis"), "energy": split("energy")}
+
+    return tasks.Pass("basis", init, step, finish)
+
+
+@functools.cache
+def curvature_pass(views: ViewRule, labels: str) -> tasks.Pass:
+    """The pass that finds the curvature in the basis that ``basis_pass`` just found.
+
+    With g_b the gradient of the mean over the n_b items of batch b, and labels drawn
+    from the model, ``E[n_b (U^T g_b)^2]`` is the Fisher along each direction: scores of
+    different items are independent with mean zero, so the square of their mean is the
+    mean square over n_b. No per-example gradient is needed.
+    """
+
+    def init(state, params):
+        return {
+            "sum": trees.zeros_like(state.curvature),
+            "batches": jnp.zeros([], jnp.float32),
+        }
+
+    def step(acc, data):
+        gradient, items = batch_gradient(data, labels)
+        coeffs = coefficients(views, data.earlier["basis"]["basis"], gradient)
+        total = jax.tree.map(lambda s, c: s + items * c**2, acc["sum"], coeffs)
+        return {"sum": total, "batches": acc["batches"] + 1}
+
+    def finish(acc, state, earlier):
+        del state, earlier
+        return jax.tree.map(lambda s: s / acc["batches"], acc["sum"])
+
+    return tasks.Pass("curvature", init, step, finish)
+
+
+def batch_gradient(
+    data: tasks.PassInput, labels: str
+) -> tuple[chex.ArrayTree, chex.Array]:
+    """Gradient of a batch's mean loss, and the number of items it averages over.
+
+    Args:
+      data: One step of a pass; padded examples have weight 0.
+      labels: ``"sampled"``: minus the log-probability of labels drawn from the model;
+        ``"empirical"``: ``task.loss``.
+
+    Returns:
+      The gradient, like the trainable parameters, and the item count (float32).
+    """
+    task = data.task
+    if labels == "empirical":
+        loss = tasks.require(task, "loss", "a basis of empirical gradients")
+        count = data.weights.sum()
+
+        def objective(params):
+            return jnp.sum(data.weights * loss(params, data.batch)) / count
+
+        return jax.grad(objective)(data.params), count
+    method = "a basis of gradients with sampled labels"
+    outputs = tasks.require(task, "outputs", method)(data.params, data.batch)
+    drawn = tasks.require(task, "sample_label", method)(outputs, data.key)
+    log_prob = tasks.require(task, "log_prob", method)
+    shape = jax.eval_shape(log_prob, data.params, data.batch, drawn).shape
+    items = 1
+    for n in shape[1:]:
+        items *= n
+    count = data.weights.sum() * items
+
+    def negative_mean(params):
+        lp = log_prob(params, data.batch, drawn).reshape(shape[0], items).sum(axis=1)
+        return -jnp.sum(data.weights * lp) / count
+
+    return jax.grad(negative_mean)(data.params), count

@@ -1,0 +1,510 @@
+"""One owner for the memory of a protected subspace, and the links that read it."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_cl._core import checks, linalg, subspaces, tasks, trees
+from optax_cl._core.matrices import (
+    ViewRule,
+    from_matrix,
+    matrix_shape,
+    matrix_views,
+)
+from optax_cl.routing import _capture, _rules
+
+
+class ProtectState(NamedTuple):
+    """State of ``protect``. Trees like params, ``MaskedNode`` at unprotected leaves."""
+
+    basis: chex.ArrayTree  # U, float32 [*batch, in, r], orthonormal or zero columns
+    energy: chex.ArrayTree  # eigenvalues, float32 [*batch, r]
+    anchor: chex.ArrayTree | None  # U^T W*, float32 [*batch, r, out]; None: unread
+    curvature: chex.ArrayTree | None  # Lambda, float32 [*batch, r, out]; None: unread
+    mean: chex.ArrayTree | None  # average of U^T g, float32 [*batch, r, out]
+    mean_weight: chex.Array | None  # float32 [], total weight of the average
+    threshold: chex.Array  # float32 [], share of the energy that a basis must hold
+    mean_decay: chex.Array  # float32 [], decay of `mean`
+    tasks: chex.Array  # int32 [], tasks consolidated
+    settings: "ProtectSettings"  # static, no leaves
+    inner: optax.OptState  # state of the links
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class ProtectSettings:
+    """What a boundary must know; part of the state's structure, without leaves."""
+
+    rank: int
+    views: ViewRule
+    memory: str
+    svd: str
+    labels: str
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Declaration:
+    """What a link needs of the owner; leafless, read by ``protect`` at ``init``."""
+
+    needs: frozenset[str]
+
+
+class Subspace(NamedTuple):
+    """The extra argument ``basis`` that ``protect`` binds for the links inside it."""
+
+    basis: chex.ArrayTree  # U
+    energy: chex.ArrayTree  # e
+    raw: chex.ArrayTree  # U^T g, g the raw gradient
+    displacement: chex.ArrayTree | None  # U^T (W - W*)
+    curvature: chex.ArrayTree | None  # Lambda
+    mean: chex.ArrayTree | None  # corrected average of `raw`
+    views: ViewRule
+
+
+class AttenuateState(NamedTuple):
+    """State of ``attenuate``: the rule's own averages."""
+
+    rule: Any
+    declaration: Declaration  # static, no leaves
+
+
+def protect(
+    rank: int,
+    *links: optax.GradientTransformation,
+    matrices: ViewRule | None = None,
+    threshold: jax.typing.ArrayLike = 1.0,
+    memory: str = "all",
+    svd: str = "exact",
+    labels: str = "sampled",
+    mean_decay: jax.typing.ArrayLike = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Owns the basis of a protected subspace, and lends it to the links inside.
+
+    For every kernel read as a matrix W ``[in, out]`` it keeps an orthonormal U
+    ``[in, r]`` on the fan-in side: the leading eigenvectors of the finished tasks'
+    gradient Gram matrices,
+
+    .. math:: U_k \leftarrow \text{top-}r\left( U_{k-1} \mathrm{diag}(e_{k-1})
+       U_{k-1}^T + \frac{\sum_b G_b G_b^T}{\mathrm{tr} \sum_b G_b G_b^T} \right)
+
+    with one term for each batch b that ``collect`` reads. The wrapper captures the raw
+    gradient (it is a ``capture_raw``) and binds the extra argument ``basis``; the links
+    are applied in order, as in ``optax.chain``:
+
+        tx = protect(32, attenuate(balance()), scale_by_decoupled_adam(), project())
+
+    Only what some link declares is stored: the anchor :math:`U^T W^*` for rules that
+    read the displacement; the curvature :math:`\Lambda` and the averaged coefficients
+    for ``balance``. At a boundary
+    :math:`\Lambda \leftarrow (U_{new}^T U_{old})^{\circ 2} \Lambda + \Lambda_{task}`
+    with :math:`\Lambda_{task} = \mathrm{mean}_b\, n_b (U^T g_b)^2`, where :math:`g_b`
+    is the gradient of the mean over the :math:`n_b` items of a batch with labels
+    sampled from the model: an unbiased Fisher, in Hessian units of the mean loss.
+
+    **Placement.** ``attenuate`` before the moments acts on the gradient, after them on
+    the update; ``project`` after them (and after weight decay) is the only placement
+    that keeps the subspace exactly. Nothing here protects biases and embeddings.
+
+    **Cost.** State, per matrix: r (in + 1), with an anchor r out more, with curvature
+    and averages 2 r out more; a step adds about 6 r in out FLOPs. The boundary: one
+    backward pass a batch, twice if curvature is needed, and one eigendecomposition of
+    an ``[in, in]`` matrix (``svd="exact"``) or one SVD of ``[in, 2r + 8]``
+    (``"randomized"``); no ``[in, in]`` matrix lives in the state.
+
+    Args:
+      rank: Columns r of every basis; at most the smallest protected fan-in.
+      *links: Gradient transformations that may read ``basis`` and ``raw_updates``.
+      matrices: ``matrix_views(...)``: which leaves are matrices and which side is the
+        fan-in. None is ``matrix_views()``, which refuses embeddings.
+      threshold: Share of the energy in (0, 1] that a basis must hold; columns beyond
+        are zero (the rank rule). 1 fills all r columns.
+      memory: ``"all"`` accumulates over tasks; ``"last"`` keeps the last task only.
+      svd: ``"exact"`` or ``"randomized"``, for the task's Gram matrix.
+      labels: ``"sampled"`` from the model, or ``"empirical"``: gradients of
+        ``task.loss``. Empirical curvature has not Hessian units.
+      mean_decay: Decay of the averaged coefficients, in [0, 1).
+
+    Returns:
+      A ``GradientTransformationExtraArgs`` with state ``ProtectState``. Before the
+      first boundary every basis is zero and nothing is protected.
+
+    Raises:
+      TypeError, ValueError: For arguments out of range; at ``init`` for a rank larger
+        than a fan-in, an embedding without a decision, or no matrix at all; at trace
+        time as ``capture_raw``, and if ``params`` is None where a rule reads them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_cl
+      >>> tx = optax.chain(
+      ...     optax_cl.protect(1, optax_cl.scale_by_decoupled_adam(),
+      ...                      optax_cl.project()),
+      ...     optax.scale_by_learning_rate(0.1))
+      >>> task = optax_cl.classification(lambda w, b: b[0] @ w, lambda b: b[1])
+      >>> w = jnp.zeros((3, 2))
+      >>> x, y = jnp.array([[1.0, 0.0, 0.0]]), jnp.array([0])
+      >>> state = tx.init(w)
+      >>> stats = optax_cl.collect(state, w, [(x, y)], task=task, key=jax.random.key(0))
+      >>> state = optax_cl.end_task(state, w, stats)
+      >>> updates, state = tx.update(jnp.ones((3, 2)), state, w)
+      >>> print(x @ updates + 0.0)  # the first task's output can't change
+      [[0. 0.]]
+
+    References:
+      Saha et al, `Gradient Projection Memory <https://arxiv.org/abs/2103.09762>`_, 2021
+      (bases on the fan-in side; theirs span layer inputs)
+
+      Wang et al, `Training Networks in Null Space <https://arxiv.org/abs/2103.07113>`_,
+      2021 (projecting the update that Adam proposes)
+
+      `arXiv:2604.22407v1 <https://arxiv.org/abs/2604.22407v1>`_, since reported
+      withdrawn (bases of boundary gradients)
+
+    **Differs from the paper.** (1) Bases accumulate over all finished tasks instead of
+    being overwritten. (2) Gram matrices are normalised by their trace, so that every
+    task has equal say. (3) Plain ``U U^T``; singular-value weights are an option of
+    ``attenuate``. (4) Labels are sampled from the model.
+    """
+    checks.check_positive_int("rank", rank)
+    checks.check_number("threshold", threshold, low=0.0, high=1.0, open_low=True)
+    checks.check_number("mean_decay", mean_decay, low=0.0, high=1.0, open_high=True)
+    checks.check_choice("memory", memory, ("all", "last"))
+    checks.check_choice("svd", svd, ("exact", "randomized"))
+    checks.check_choice("labels", labels, ("sampled", "empirical"))
+    for i, link in enumerate(links):
+        _capture.check_transformation(f"links[{i}]", link)
+    settings = ProtectSettings(
+        rank=rank,
+        views=matrix_views() if matrices is None else matrices,
+        memory=memory,
+        svd=svd,
+        labels=labels,
+    )
+    inner = optax.chain(*links)
+    captured = _capture.capture_raw(inner)
+
+    def init_fn(params):
+        inner_state = inner.init(params)
+        needs = _declared_needs(inner_state)
+
+        def zeros(shape_of):
+            return subspaces.map_matrices(
+                settings.views, lambda p, view: jnp.zeros(shape_of(p, view)), params
+            )
+
+        def basis_shape(p, view):
+            *batch, fan_in, _ = matrix_shape(view, p.shape)
+            return (*batch, fan_in, rank)
+
+        def coefficient_shape(p, view):
+            *batch, _, fan_out = matrix_shape(view, p.shape)
+            return (*batch, rank, fan_out)
+
+        _check_ranks(settings, params)
+        has_mean = "mean" in needs
+        return ProtectState(
+            basis=zeros(basis_shape),
+            energy=zeros(lambda p, view: (*matrix_shape(view, p.shape)[:-2], rank)),
+            anchor=zeros(coefficient_shape) if "displacement" in needs else None,
+            curvature=zeros(coefficient_shape) if "curvature" in needs else None,
+            mean=zeros(coefficient_shape) if has_mean else None,
+            mean_weight=jnp.zeros([], jnp.float32) if has_mean else None,
+            threshold=jnp.array(threshold, jnp.float32),
+            mean_decay=jnp.array(mean_decay, jnp.float32),
+            tasks=jnp.zeros([], jnp.int32),
+            settings=settings,
+            inner=inner_state,
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        raw = subspaces.coefficients(settings.views, state.basis, updates)
+        displacement = None
+        if state.anchor is not None:
+            checks.check_params("protect with a rule that reads the anchor", params)
+            here = subspaces.coefficients(settings.views, state.basis, params)
+            displacement = jax.tree.map(jnp.subtract, here, state.anchor)
+        corrected, weight, mean = None, state.mean_weight, state.mean
+        if mean is not None:
+            decay = state.mean_decay
+            mean = jax.tree.map(lambda m, c: decay * m + (1 - decay) * c, mean, raw)
+            weight = decay * weight + (1 - decay)
+            corrected = jax.tree.map(lambda m: m / weight, mean)
+        extra_args["basis"] = Subspace(
+            basis=state.basis,
+            energy=state.energy,
+            raw=raw,
+            displacement=displacement,
+            curvature=state.curvature,
+            mean=corrected,
+            views=settings.views,
+        )
+        updates, inner_state = captured.update(
+            updates, state.inner, params, **extra_args
+        )
+        return updates, state._replace(mean=mean, mean_weight=weight, inner=inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def attenuate(
+    strength: Any = None, *, weighted: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Attenuates the updates' component in the protected subspace.
+
+    .. math:: \tilde g = g + U (C' - C), \qquad C = U^T g, \quad C' = \text{rule}(C)
+
+    **Placement.** Inside ``protect``. Before the moments it is a modifier: with
+    decoupled moments an axis-aligned direction moves (1 - a) times as far as under
+    plain Adam, with shared moments just as far as if it were not there. After the
+    moments it acts on the update (``post``): U^T u shrinks by exactly (1 - a). With a
+    basis that is not axis-aligned, only ``post`` is exact: at a = 1 and before the
+    moments, a fifth of the displacement's energy was still inside the subspace in our
+    rotated test (s = .3), 0 after them. Gates read the raw gradient, and scale what
+    arrives, so they mean the same on both sides of the learning rate; ``spring`` adds,
+    and belongs before it.
+
+    Args:
+      strength: A number in [0, 1], an Optax schedule, or a rule (``constant``,
+        ``one_minus``, ``proportional``, ``ratchet``, ``balance``, ``spring``). None is
+        ``balance(1)``, the safest choice in our comparisons.
+      weighted: Scale the strength of column k by :math:`\sqrt{e_k / e_1}`, its relative
+        singular value, instead of plain :math:`U U^T`.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``; its update reads the extra arguments
+      ``basis`` and ``raw_updates`` that ``protect`` binds. Its state holds the rule's
+      own averages only.
+
+    Raises:
+      TypeError: For a strength that is neither number, schedule nor rule; at trace time
+        outside ``protect``, where there is no basis.
+      ValueError: For a number outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, optax_cl
+      >>> tx = optax_cl.protect(2, optax_cl.attenuate(0.5),
+      ...                       optax_cl.scale_by_decoupled_adam())
+      >>> w = jnp.ones((3, 4))
+      >>> updates, state = tx.update(w, tx.init(w), w)  # nothing to protect yet
+      >>> print(updates[0, 0].round(3))
+      1.0
+
+    References:
+      `arXiv:2604.22407v1 <https://arxiv.org/abs/2604.22407v1>`_, since reported
+      withdrawn
+
+      Saha and Roy, `Scaled Gradient Projection <https://arxiv.org/abs/2302.01386>`_,
+      2023 (weights from singular values; theirs follow another formula)
+    """
+    rule = _rules.balance() if strength is None else _rules.as_rule(strength)
+
+    def init_fn(params):
+        return AttenuateState(rule.init(params), Declaration(frozenset(rule.needs)))
+
+    def update_fn(
+        updates, state, params=None, *, basis=None, raw_updates=None, **extra_args
+    ):
+        del params, extra_args
+        space = require_basis("attenuate", basis)
+        coeffs = subspaces.coefficients(space.views, space.basis, updates)
+        context = _context(space, rule.needs, coeffs, raw_updates, updates)
+        new, rule_state = rule.apply(coeffs, context, state.rule)
+        change = jax.tree.map(jnp.subtract, new, coeffs)
+        if weighted:
+            change = jax.tree.map(_weigh, change, _aligned(space.energy, change))
+        return _add_lifted(space, updates, change), state._replace(rule=rule_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def project() -> optax.GradientTransformationExtraArgs:
+    r"""Removes the protected component altogether: :math:`u - U U^T u`.
+
+    **Placement.** Inside ``protect``, after the moments and after weight decay; then
+    the step leaves ``U^T W`` unchanged to rounding (\|U^T u\| / \|u\| below 1e-6), on
+    either side of the learning rate. Whatever is chained after it that is not a
+    scalar multiple breaks that. Before the moments it is the projection of the SGD
+    papers, and Adam leaks. Stateless.
+
+    Returns:
+      A ``GradientTransformationExtraArgs`` without state.
+
+    Raises:
+      TypeError: At trace time outside ``protect``.
+
+    Example:
+      >>> import optax_cl
+      >>> tx = optax_cl.protect(8, optax_cl.scale_by_decoupled_adam(),
+      ...                       optax_cl.project())
+
+    References:
+      Wang et al, `Training Networks in Null Space <https://arxiv.org/abs/2103.07113>`_,
+      2021
+    """
+
+    def update_fn(updates, state, params=None, *, basis=None, **extra_args):
+        del params, extra_args
+        space = require_basis("project", basis)
+        coeffs = subspaces.coefficients(space.views, space.basis, updates)
+        return _add_lifted(space, updates, jax.tree.map(jnp.negative, coeffs)), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update_fn
+    )
+
+
+def require_basis(method: str, basis: Subspace | None) -> Subspace:
+    """The bound subspace, or an error naming the fix."""
+    if basis is None:
+        raise TypeError(
+            f"`{method}` needs a protected subspace, and there is no `basis` here. Put "
+            f"it inside the owner of one: `optax_cl.protect(rank, {method}(...), ...)`."
+        )
+    return basis
+
+
+def overlap(space: Subspace, raw_updates: chex.ArrayTree) -> chex.ArrayTree:
+    """``||U^T g||^2 / ||g||^2`` of every protected leaf, in [0, 1]; 0 where g is 0."""
+    raw = trees.align_structure("basis.raw", space.raw, raw_updates)
+
+    def one(g, c):
+        if trees.is_masked(c):
+            return c
+        total = trees.leaf_vdot(g, g)
+        inside = trees.leaf_vdot(c, c)
+        return inside / jnp.where(total > 0, total, 1.0)
+
+    return jax.tree.map(one, raw_updates, raw)
+
+
+def _context(space, needs, coeffs, raw_updates, updates):
+    def get(name):
+        if name not in needs:
+            return None
+        return _aligned(getattr(space, name), coeffs)
+
+    measured = None
+    if "overlap" in needs:
+        raw = _capture.require_raw("attenuate", raw_updates, updates)
+        measured = overlap(space, raw)
+    return _rules.Context(
+        raw=_aligned(space.raw, coeffs),
+        displacement=get("displacement"),
+        curvature=get("curvature"),
+        mean=get("mean"),
+        overlap=measured,
+    )
+
+
+def _aligned(tree, like):
+    return trees.align_structure("basis", tree, like)
+
+
+def _add_lifted(space, updates, change):
+    """``g + U C`` at every protected leaf, in the dtype of g."""
+    bases = trees.align_structure("basis", space.basis, updates)
+
+    def one(path, g, u, c):
+        if trees.is_masked(u):
+            return g
+        view = space.views(checks.path_str(path), g.shape)
+        lifted = from_matrix(linalg.lift(u, c), view, g.shape)
+        return (g.astype(lifted.dtype) + lifted).astype(g.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, updates, bases, change)
+
+
+def _weigh(change, energy):
+    largest = jnp.max(energy, axis=-1, keepdims=True)
+    ratio = jnp.sqrt(energy / jnp.where(largest > 0, largest, 1.0))
+    return change * ratio[..., :, None]
+
+
+def _declared_needs(state: Any) -> frozenset[str]:
+    """Union of the declarations anywhere in a state; they are leafless nodes."""
+    found: set[str] = set()
+
+    def visit(node):
+        if isinstance(node, Declaration):
+            found.update(node.needs)
+        return node
+
+    jax.tree.map(visit, state, is_leaf=lambda n: isinstance(n, Declaration))
+    return frozenset(found)
+
+
+def _check_ranks(settings: ProtectSettings, params: chex.ArrayTree) -> None:
+    def check(path, p):
+        view = settings.views(checks.path_str(path), jnp.shape(p))
+        if view is not None:
+            fan_in = matrix_shape(view, jnp.shape(p))[-2]
+            if settings.rank > fan_in:
+                raise ValueError(
+                    f"`rank` is {settings.rank}, but the leaf "
+                    f"`{checks.path_str(path)}` of shape {jnp.shape(p)} has a fan-in "
+                    f"of {fan_in}. Lower `rank`, or leave the leaf unprotected with "
+                    "`matrices=optax_cl.matrix_views(skip=...)`."
+                )
+
+    jax.tree_util.tree_map_with_path(check, params)
+
+
+# --- Task boundary -------------------------------------------------------------------
+
+
+def _passes(state: ProtectState) -> tuple[tasks.Pass, ...]:
+    settings = state.settings
+    first = subspaces.basis_pass(
+        settings.views, settings.memory, settings.svd, settings.labels
+    )
+    if state.curvature is None:
+        return (first,)
+    return first, subspaces.curvature_pass(settings.views, settings.labels)
+
+
+def _end_task(state, params, results):
+    new = results["basis"]
+    params = trees.align_structure("params", params, state.basis)
+    anchor, curvature = state.anchor, state.curvature
+    if anchor is not None:
+        anchor = subspaces.coefficients(state.settings.views, new["basis"], params)
+    if curvature is not None:
+        curvature = subspaces.rotate_curvature(
+            state.basis, new["basis"], curvature, results["curvature"]
+        )
+        if state.settings.memory == "last":
+            curvature = results["curvature"]
+    return state._replace(
+        basis=trees.copy(new["basis"]),
+        energy=trees.copy(new["energy"]),
+        anchor=anchor,
+        curvature=curvature,
+        # Averages are coordinates in the old basis: they start anew.
+        mean=None if state.mean is None else trees.zeros_like(state.mean),
+        mean_weight=None if state.mean is None else jnp.zeros_like(state.mean_weight),
+        tasks=optax.safe_increment(state.tasks),
+    )
+
+
+def _project_tree(state, tree):
+    space = Subspace(
+        state.basis, state.energy, None, None, None, None, state.settings.views
+    )
+    coeffs = subspaces.coefficients(space.views, space.basis, tree)
+    return _add_lifted(space, tree, jax.tree.map(jnp.negative, coeffs))
+
+
+tasks.register_boundary(
+    ProtectState,
+    tasks.Boundary(
+        passes=_passes,
+        end_task=_end_task,
+        like=lambda state: state.basis,
+        usage=lambda state: (state.tasks, None),
+        project=_project_tree,
+    ),
+)
