@@ -36,9 +36,9 @@ class Snapshot(NamedTuple):
     metrics: dict[str, np.ndarray]  # everything recorded so far
 
 
-def _orbax():
-    # Imported late: listing the studies does not need it. Its notices about a single
-    # process saving a checkpoint would drown the progress line.
+def orbax():
+    """Orbax, imported where used: listing the studies does not need it."""
+    # Its notices about a single process saving would drown the progress line.
     logging.getLogger("absl").setLevel(logging.ERROR)
     from orbax.checkpoint import v1
 
@@ -80,7 +80,7 @@ def save(
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        _orbax().save((building / "state").absolute(), snapshot.carry)
+        orbax().save((building / "state").absolute(), snapshot.carry)
         run_folder.save_arrays(building / "metrics.npz", snapshot.metrics)
         files = {
             str(p.relative_to(building)): [p.stat().st_size, _digest(p)]
@@ -115,11 +115,11 @@ def _fault(folder: Path, fingerprint: Mapping[str, Any]) -> str | None:
         manifest = json.loads((folder / "manifest.json").read_text())
         there, files = manifest["fingerprint"], manifest["files"]
         int(manifest["task"]), int(manifest["step"])
+        different = run_folder.differences(there, run_folder.plain(fingerprint))
     except FileNotFoundError:
         return "its manifest is missing"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
-    different = run_folder.differences(there, run_folder.plain(fingerprint))
     if different:
         return f"it belongs to another run ({'; '.join(different)})"
     for name, (size, digest) in files.items():
@@ -153,11 +153,11 @@ def restore(
     for folder in _saved(root):
         fault = _fault(folder, fingerprint)
         if fault is None:
+            # Whatever the reader stumbles over, an older checkpoint may be sound.
             try:
-                carry = _orbax().load((folder / "state").absolute(), target)
+                carry = orbax().load((folder / "state").absolute(), target)
                 metrics = run_folder.load_arrays(folder / "metrics.npz")
             except Exception as error:
-                # Whatever the reader stumbles over, an older checkpoint may be sound.
                 fault = f"it cannot be read ({type(error).__name__}: {error})"
             else:
                 manifest = json.loads((folder / "manifest.json").read_text())

@@ -5,6 +5,7 @@ word where there is one; a traceback is a fault of ours.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -196,7 +197,11 @@ def make_devices(count: int | None) -> None:
 
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    jax.config.update("jax_num_cpu_devices", count or len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    # JAX refuses once its devices exist (called from a program that has used them);
+    # then the run takes them as they are.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count or cores)
 
 
 def execute(
@@ -215,6 +220,7 @@ def execute(
     """
     make_devices(devices)
     from experiments import engine, run_folder
+    from experiments.data import DataError
 
     if study.check is not None:
         try:
@@ -231,13 +237,15 @@ def execute(
             results = study.run(config, folder, engine.Context(folder, progress))
             run_folder.write_json(folder / "results.json", results)
             page = _write_report(study, folder)
+        except DataError as error:
+            raise UsageError(str(error)) from None
         except OSError as error:
             if run_folder.is_disk_full(error):
                 raise run_folder.disk_full_error(folder) from error
             raise
     took = format_seconds(time.monotonic() - began)
     progress.say(f"{study.name}: done in {took}")
-    _show(study, folder, page)
+    print(f"report: {page}")
     return 0
 
 
@@ -258,20 +266,18 @@ def _report(arguments: Sequence[str]) -> int:
                 f"{folder} has no results yet; finish it with `resume {folder}`."
             )
         page = _write_report(study, folder)
-    _show(study, folder, page)
+    print(f"report: {page}")
     return 0
 
 
 def _write_report(study: studies.Study, folder: Path) -> Path:
+    """Writes the report, shows its tables, and says where the page is."""
     from experiments import report
 
-    return report.write(folder, study.report(folder))
-
-
-def _show(study: studies.Study, folder: Path, page: Path) -> None:
-    for path in sorted((folder / "tables").glob("*.md")):
-        print(path.read_text())
-    print(f"report: {page}")
+    content = study.report(folder)
+    page = report.write(folder, content)
+    print(report.to_markdown(content))
+    return page
 
 
 # -- data ------------------------------------------------------------------------------

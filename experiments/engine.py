@@ -115,8 +115,7 @@ def run_program(
 
     Raises:
       ValueError: if the program, the lanes or the settings don't fit together.
-      run_folder.RunError: if the disk is full, or if a checkpoint here was made with
-        another number of devices.
+      run_folder.RunError: if the disk is full.
     """
     folder = Path(folder)
     progress = progress or Progress(stream=None)
@@ -141,11 +140,13 @@ def run_program(
     )
     snapshot = checkpoints.restore(root, target, fingerprint, progress.warn)
     log = _Log(num_lanes, snapshot.metrics if snapshot else {})
+    checkpoints.orbax()  # so that the first checkpoint does not pay for the import
     if snapshot is None:
         task, step, carry = 0, 0, parts.init(data, padded)
         log.add("evaluate", parts.evaluate(data, padded, carry), row=True)
     else:
         task, step, carry = snapshot.task, snapshot.step, snapshot.carry
+        progress.say(f"{program.name}: goes on from task {task + 1}, step {step}")
     done = num_lanes * (task * program.steps_per_task + step)
     progress.start(program.name, work, done=done)
 
@@ -176,11 +177,22 @@ def run_program(
         else array
         for name, array in log.arrays().items()
     }
+    _warn_of_divergence(program.name, results, progress)
     # A checksum of the run stands in the file itself: one rename makes it finished.
     mark = np.array(_digest(fingerprint))
     run_folder.save_arrays(path, {**results, "_fingerprint": mark})
     checkpoints.drop(root)
     return results
+
+
+def _warn_of_divergence(
+    name: str, results: dict[str, np.ndarray], progress: Progress
+) -> None:
+    for entry, array in results.items():
+        if entry.startswith("evaluate/") and not np.isfinite(array).all():
+            bad = ~np.isfinite(array).reshape(len(array), -1).all(1)
+            lanes = ", ".join(map(str, np.flatnonzero(bad)))
+            progress.warn(f"{name}: {entry} is not finite in lane(s) {lanes}")
 
 
 class _Parts(NamedTuple):

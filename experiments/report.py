@@ -85,13 +85,8 @@ def write(folder: Path, report: Report) -> Path:
       The path of ``report.html``.
     """
     folder = Path(folder)
-    for table in report.tables:
-        text = f"# {table.title}\n\n{markdown_table(table.columns, table.rows)}"
-        text += f"\n{table.note}\n" if table.note else ""
-        run_folder.write_atomic(folder / "tables" / f"{table.name}.md", text)
-    if report.claims:
-        text = f"# Claims\n\n{claims_table.to_markdown(report.claims)}"
-        run_folder.write_atomic(folder / "tables" / "claims.md", text)
+    for name, text in _markdown_tables(report).items():
+        run_folder.write_atomic(folder / "tables" / f"{name}.md", text)
     pictures = {}
     for figure in report.figures:
         svg = drawing.to_svg(figure.figure)
@@ -104,6 +99,21 @@ def write(folder: Path, report: Report) -> Path:
     page = folder / "report.html"
     run_folder.write_atomic(page, to_html(report, pictures, config))
     return page
+
+
+def _markdown_tables(report: Report) -> dict[str, str]:
+    texts = {}
+    for table in report.tables:
+        text = f"# {table.title}\n\n{markdown_table(table.columns, table.rows)}"
+        texts[table.name] = text + (f"\n{table.note}\n" if table.note else "")
+    if report.claims:
+        texts["claims"] = f"# Claims\n\n{claims_table.to_markdown(report.claims)}"
+    return texts
+
+
+def to_markdown(report: Report) -> str:
+    """The summary and all tables, for a terminal."""
+    return "\n".join(filter(None, [report.summary, *_markdown_tables(report).values()]))
 
 
 def to_html(report: Report, pictures: dict[str, str], config: dict[str, Any]) -> str:

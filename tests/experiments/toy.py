@@ -4,6 +4,7 @@ Run as a script it is the real command line with this study registered.
 """
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, figures, report, run_folder, studies
+from experiments import cli, engine, figures, report, run_folder, studies
 from experiments.claims import Claim
 from experiments.engine import Program
 from experiments.studies import field
@@ -33,7 +34,6 @@ class Config:
     kind: Literal["map", "vmap"] = field("map", help="how lanes run")
     noisy: bool = field(True, help="add noise to the gradients")
     stream: str = field("lines", help="stream of tasks")
-    pause: float = field(0.0, help="seconds each chunk sleeps")
 
     def __post_init__(self):
         """Checks the arms."""
@@ -48,7 +48,7 @@ def check(config):
         raise ValueError(f"unknown stream {config.stream!r}; there are: lines")
 
 
-def program(name, steps, noisy=True, pause=0.0):
+def program(name, steps, noisy=True):
     """Momentum on a least-squares problem per task, with noise of lane, task, step."""
 
     def init(data, lane):
@@ -56,9 +56,6 @@ def program(name, steps, noisy=True, pause=0.0):
         return {"w": jax.random.normal(key, (SIZE,)), "m": jnp.zeros(SIZE), "key": key}
 
     def step(data, lane, carry, task, index):
-        if pause:
-            # Only where a test wants time to pass; the values don't depend on it.
-            jax.debug.callback(lambda _: time.sleep(pause), index)
         key = jax.random.fold_in(jax.random.fold_in(carry["key"], task), index)
         grad = carry["w"] - data["targets"][task]
         if noisy:
@@ -72,7 +69,7 @@ def program(name, steps, noisy=True, pause=0.0):
         return {**carry, "m": jnp.zeros(SIZE)}, {"norm": jnp.linalg.norm(carry["m"])}
 
     def evaluate(data, lane, carry):
-        return {"loss": jnp.mean((carry["w"] - data["targets"]) ** 2, axis=1)}
+        return {"loss": jnp.mean((carry["w"][None] - data["targets"]) ** 2, axis=1)}
 
     return Program(name, TASKS, steps, init, step, boundary, evaluate)
 
@@ -94,7 +91,7 @@ def run(config, folder, context):
         rate = config.rate * (1.0 if arm == "plain" else 0.1)
         data, lanes = inputs([rate], config.seeds)
         out = context.run(
-            program(arm, config.steps, config.noisy, config.pause),
+            program(arm, config.steps, config.noisy),
             data,
             lanes,
             chunk_steps=config.chunk_steps,
@@ -125,6 +122,21 @@ def make_report(folder: Path):
 
 STUDY = studies.Study("toy", "a toy for the tests", Config, run, make_report, check)
 
+
+def slow_down(seconds):
+    """Sleeps after each chunk and saves after each, to be killed at any point."""
+    advance = engine.Progress.advance
+
+    def advance_slowly(self, *args):
+        advance(self, *args)
+        time.sleep(seconds)
+
+    engine.Progress.advance = advance_slowly
+    engine._CheckpointClock.due = lambda self: True
+
+
 if __name__ == "__main__":
+    if "TOY_PAUSE" in os.environ:
+        slow_down(float(os.environ["TOY_PAUSE"]))
     studies.register(STUDY)
     sys.exit(cli.main())
