@@ -1,0 +1,311 @@
+"""Tables and figures of the domain stream."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments import figures, run_folder
+from experiments.report import Figure, Report, Table
+from experiments.studies import _stream_claims as claims
+from experiments.studies import _stream_results as measured
+from experiments.studies._stream_arms import Arm
+from experiments.studies._stream_results import ArmResults
+from optax_cl import metrics
+
+_METERS = {
+    "gain_inflation": "gain inflation R",
+    "overlap": "overlap s",
+    "strength": "strength",
+    "leak": "leak of the update",
+}
+_SHOWN = 6  # Curves in one figure.
+
+
+def summarize(folder: Path, arms: Sequence[Arm]) -> dict:
+    """Every measure of every arm and seed, for ``results.json``."""
+    results = measured.load(folder, arms)
+    return {
+        name: {
+            "routing": r.arm.routing,
+            "second_moment": r.arm.second_moment,
+            "strength": r.arm.strength,
+            "learning_rate_factor": r.arm.learning_rate,
+            "final": r.final,
+            "forgetting": None if r.arm.joint else r.forgetting,
+            "learning": None if r.arm.joint else r.learning,
+            "final_perplexity": r.perplexity.final,
+            "forgetting_perplexity": None if r.arm.joint else r.perplexity.forgetting,
+            "stability_gap": None if r.arm.joint else r.stability_gap,
+            **{meter: r.meter(meter) for meter in _METERS if meter in r.curves},
+        }
+        for name, r in results.items()
+    }
+
+
+def report(folder: Path, arms: Sequence[Arm]) -> Report:
+    """Everything a reader gets to see."""
+    results = measured.load(folder, arms)
+    stream = run_folder.read_json(folder / "stream.json")
+    tables = [
+        _loss_table(results),
+        _perplexity_table(results),
+        *_meter_tables(results),
+        _divergence_table(stream),
+    ]
+    pictures = [
+        _trade_figure(results),
+        _difference_figure(results),
+        _gap_figure(results),
+        *_trace_figures(results),
+    ]
+    seeds, rows, tasks = results["vanilla"].matrix.shape
+    del rows
+    summary = (
+        f"{len(results)} arms, {seeds} seeds, {tasks} domains one after another. "
+        "Losses are nats per byte on held-out text; differences are taken seed by seed "
+        "against plain Adam on the same order and batches, with their standard error."
+    )
+    return Report(tables, pictures, claims.claims(results), summary)
+
+
+def _cell(values: np.ndarray | None):
+    return None if values is None else tuple(metrics.mean_and_error(values))
+
+
+def _difference(results: dict[str, ArmResults], name: str, measure: str):
+    if name == "vanilla":
+        return None
+    ours, theirs = (getattr(results[n], measure) for n in (name, "vanilla"))
+    return tuple(metrics.paired_difference(ours, theirs))
+
+
+def _loss_table(results: dict[str, ArmResults]) -> Table:
+    controlled = measured.has_learning_rates(results)
+    rows = []
+    for name, r in results.items():
+        sequential = not r.arm.joint
+        matched = controlled and sequential and r.arm.family != "plain"
+        rows.append(
+            (
+                name,
+                r.arm.routing,
+                r.arm.second_moment,
+                _cell(r.final),
+                _difference(results, name, "final"),
+                _cell(measured.learning_rate_matched(results, name))
+                if matched
+                else None,
+                _cell(r.forgetting) if sequential else None,
+                _difference(results, name, "forgetting") if sequential else None,
+                _cell(r.learning) if sequential else None,
+                _difference(results, name, "learning") if sequential else None,
+                _cell(r.stability_gap) if sequential else None,
+            )
+        )
+    return Table(
+        "losses",
+        "Losses in nats per byte (mean ± standard error over seeds)",
+        (
+            "arm",
+            "routing",
+            "second_moment",
+            "final loss",
+            "minus vanilla",
+            "minus vanilla at the same learning loss",
+            "forgetting",
+            "minus vanilla",
+            "loss right after learning",
+            "minus vanilla",
+            "stability gap",
+        ),
+        rows,
+        "`second_moment` is what Adam's second moment reads; `same` where no modifier "
+        "makes a difference. Lower is better in every column. The stability gap is the "
+        "part of the first domain's loss at each switch that comes back.",
+    )
+
+
+def _perplexity_table(results: dict[str, ArmResults]) -> Table:
+    rows = []
+    for name, r in results.items():
+        ppl = r.perplexity
+        rows.append(
+            (
+                name,
+                _cell(ppl.final),
+                _cell(ppl.forgetting) if not r.arm.joint else None,
+                _cell(ppl.learning) if not r.arm.joint else None,
+            )
+        )
+    return Table(
+        "perplexities",
+        "Perplexities per byte (mean ± standard error over seeds)",
+        ("arm", "final", "forgetting", "right after learning"),
+        rows,
+        "Means of perplexities are ruled by the worst domain; read the nats first.",
+    )
+
+
+def _meter_tables(results: dict[str, ArmResults]) -> list[Table]:
+    shown = [m for m in _METERS if any(m in r.curves for r in results.values())]
+    rows = [
+        (name, *(_cell(r.meter(meter)) for meter in shown))
+        for name, r in results.items()
+        if any(meter in r.curves for meter in shown)
+    ]
+    if not rows:
+        return []
+    table = Table(
+        "meters",
+        "Inside the optimizer (mean over the steps after the first domain)",
+        ("arm", *(_METERS[meter] for meter in shown)),
+        rows,
+    )
+    return [table]
+
+
+def _divergence_table(stream: dict) -> Table:
+    names = stream["names"]
+    matrix = np.array(stream["divergences"])
+    pairs = matrix[np.tril_indices(len(names), -1)]
+    return Table(
+        "divergences",
+        "How far the domains lie apart (Jensen-Shannon divergence of byte trigrams)",
+        ("bits", *names),
+        [(n, *(f"{x:.2f}" for x in row)) for n, row in zip(names, matrix, strict=True)],
+        f"Over all pairs: mean {pairs.mean():.2f}, least {pairs.min():.2f}, most "
+        f"{pairs.max():.2f}.",
+    )
+
+
+def _trade_figure(results: dict[str, ArmResults]) -> Figure:
+    figure, axes = figures.new(width=8.0, height=5.4)
+    at = axes[0, 0]
+    places = {}
+    for name, r in results.items():
+        if not r.arm.joint:
+            x = metrics.paired_difference(r.learning, results["vanilla"].learning)
+            y = metrics.paired_difference(r.forgetting, results["vanilla"].forgetting)
+            places[name] = (x, y)
+    plain = [n for n in places if results[n].arm.family == "plain"]
+    plain.sort(key=lambda n: results[n].arm.learning_rate)
+    at.plot(
+        [places[n][0].mean for n in plain],
+        [places[n][1].mean for n in plain],
+        color="#777777",
+        linewidth=1.2,
+        zorder=1,
+        label="vanilla at several learning rates",
+    )
+    for index, (name, (x, y)) in enumerate(places.items()):
+        look = figures.style(index)
+        at.errorbar(
+            x.mean,
+            y.mean,
+            xerr=x.se,
+            yerr=y.se,
+            color="#777777" if name in plain else look["color"],
+            marker=look["marker"],
+            linestyle="none",
+            capsize=2,
+            label=name,
+        )
+    figures.label(
+        at,
+        "loss right after learning, minus vanilla (nats)",
+        "forgetting, minus vanilla (nats)",
+        "Forgetting less, or only learning less?",
+    )
+    at.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    return Figure(
+        "trade",
+        "Forgetting over learning",
+        figure,
+        "Paired differences to vanilla with standard errors. To the right an arm "
+        "learns less, below it forgets less. The grey line is what a lower learning "
+        "rate buys without any method; only arms below it do more than learn less.",
+    )
+
+
+def _difference_figure(results: dict[str, ArmResults]) -> Figure:
+    names = [n for n in results if n != "vanilla"]
+    pairs = [
+        metrics.paired_difference(results[n].final, results["vanilla"].final)
+        for n in names
+    ]
+    order = np.argsort([p.mean for p in pairs])[::-1]
+    figure, axes = figures.new(width=7.5, height=1.2 + 0.3 * len(names))
+    at = axes[0, 0]
+    at.barh(
+        [names[i] for i in order],
+        [pairs[i].mean for i in order],
+        xerr=[pairs[i].se for i in order],
+        color=[
+            figures.OKABE_ITO[0] if pairs[i].mean < 0 else figures.OKABE_ITO[1]
+            for i in order
+        ],
+        capsize=2,
+    )
+    at.axvline(0, color="black", linewidth=0.8)
+    figures.label(at, "final loss, minus vanilla (nats per byte)", "arm")
+    return Figure(
+        "differences",
+        "Final loss over all domains, minus vanilla",
+        figure,
+        "Paired differences with standard errors over seeds; to the left is better.",
+    )
+
+
+def _gap_figure(results: dict[str, ArmResults]) -> Figure:
+    figure, axes = figures.new(width=8.0, height=4.4)
+    at = axes[0, 0]
+    shown = [n for n in results if results[n].arm.learning_rate == 1][:_SHOWN]
+    series = {}
+    for name in shown:
+        mean, error = figures.mean_and_error(results[name].curves["first_domain"])
+        series[name] = (np.arange(len(mean)), mean, error)
+    figures.lines(
+        at,
+        series,
+        x="training step",
+        y="loss on the first domain (nats per byte)",
+    )
+    tasks = results["vanilla"].matrix.shape[-1]
+    steps = len(next(iter(series.values()))[0]) // tasks
+    for switch in range(1, tasks):
+        at.axvline(switch * steps, color="#bbbbbb", linewidth=0.8, zorder=0)
+    return Figure(
+        "first_domain",
+        "The first domain while the others are learned",
+        figure,
+        "Held-out loss after every step, mean and standard error over seeds; grey "
+        "lines are switches of domain.",
+    )
+
+
+def _trace_figures(results: dict[str, ArmResults]) -> list[Figure]:
+    meters = [
+        m
+        for m in ("overlap", "strength", "gain_inflation")
+        if any(m in r.curves for r in results.values())
+    ]
+    if not meters:
+        return []
+    figure, axes = figures.new(len(meters), width=8.0, height=2.6 * len(meters))
+    for at, meter in zip(axes[:, 0], meters, strict=True):
+        series = {}
+        for name, r in results.items():
+            if meter in r.curves and len(series) < _SHOWN:
+                mean, error = figures.mean_and_error(r.curves[meter])
+                series[name] = (np.arange(len(mean)), mean, error)
+        figures.lines(at, series, x="training step", y=_METERS[meter])
+        at.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    return [
+        Figure(
+            "traces",
+            "Overlap, strength and gain inflation while learning",
+            figure,
+            "Mean and standard error over seeds.",
+        )
+    ]

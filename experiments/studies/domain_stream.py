@@ -1,0 +1,199 @@
+"""A small language model learns text domains one after another.
+
+**Question.** Under Adam, does it matter which gradient each moment reads when a method
+against forgetting modifies the gradient? And what does each method buy, once learning
+less is not mistaken for forgetting less?
+
+**Model.** A causal transformer over bytes (``experiments.models.byte_lm``), trained
+from scratch with Adam (b2 = 0.99), whose state is carried from domain to domain; the
+learning rate decays linearly to zero within each domain.
+
+**Stream.** Each seed draws an order of the domains and a new model. All arms of one
+seed see the same order and the same batches, so differences to plain Adam ("vanilla")
+are taken seed by seed.
+
+**Measures**, on text held out from every domain, in nats per byte and as perplexity:
+final loss, forgetting (final minus best loss before the last domain, mean over all
+domains but the last), and the loss right after learning each domain: a method that
+learns less forgets less, so the first two mean nothing without the third.
+
+**Controls.** Vanilla with other learning rates gives a curve of final loss over
+learning loss; every arm is compared with that curve at its own learning loss.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from experiments import data, engine, run_folder
+from experiments.models import byte_lm
+from experiments.studies import Study, field
+from experiments.studies import _stream_arms as arms
+from experiments.studies import _stream_program as program
+from experiments.studies import _stream_report as reporting
+
+# Seeds on which settings may be chosen. Reporting seeds start at 0 and stay below.
+TUNING_SEEDS = range(1_000_000, 1_000_100)
+
+SIZES = {"small": byte_lm.SMALL, "full": byte_lm.FULL}
+# Windows per batch, steps per domain, learning rate: what each size wants.
+_TRAINING = {"small": (8, 250, 4e-3), "full": (32, 10_000, 3e-4)}
+_CHUNKS_PER_TASK = 5
+_EVALUATED_WINDOWS = 256
+_PROBE_WINDOWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the study; 0 means what the model's size suggests."""
+
+    stream: str = field(
+        "mini8", help="mini8, aws16, ng16, or a folder with one text file per domain"
+    )
+    arms: tuple[str, ...] = field(
+        ("core",), quick=("quick",), help="core, quick, all, or names of arms"
+    )
+    seeds: int = field(
+        5, quick=2, minimum=2, maximum=1_000_000, help="number of seeds"
+    )
+    first_seed: int = field(0, minimum=0, maximum=999_999, help="the first seed")
+    domains: int = field(
+        0, quick=4, minimum=0, help="domains that each seed visits; 0: all"
+    )
+    size: Literal["small", "full"] = field(
+        "small", help="small: two CPU cores; full: a GPU (12 layers of width 768)"
+    )
+    steps: int = field(0, minimum=0, help="steps per domain; 0: as the size suggests")
+    batch: int = field(0, minimum=0, help="windows per batch; 0: as the size suggests")
+    learning_rate: float = field(
+        0.0, minimum=0.0, help="Adam's rate; 0: as the size suggests"
+    )
+    buffer: float = field(
+        0.005, minimum=1e-6, maximum=1.0, help="share of a domain that replay may keep"
+    )
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a stream or arms that cannot be run."""
+    chosen_arms(config.arms)
+    if config.first_seed + config.seeds > TUNING_SEEDS.start:
+        raise ValueError(
+            f"`--first-seed` {config.first_seed} with {config.seeds} seeds runs into "
+            f"the seeds kept for tuning, {TUNING_SEEDS.start} and up."
+        )
+    stream = data.load_stream(config.stream)
+    if config.domains == 1 or config.domains > len(stream.names):
+        raise ValueError(
+            f"`--domains` must be 0 or from 2 to {len(stream.names)}, the number of "
+            f"domains of {config.stream!r}; got {config.domains}."
+        )
+    context = SIZES[config.size].context
+    for name, text in zip(stream.names, stream.heldout, strict=True):
+        if len(text) <= context:
+            raise ValueError(
+                f"the domain {name!r} of {config.stream!r} is too short for a context "
+                f"of {context} bytes: its held-out tenth has {len(text)}."
+            )
+
+
+def chosen_arms(names: tuple[str, ...]) -> tuple[arms.Arm, ...]:
+    """The arms behind names and names of groups; vanilla always comes first."""
+    groups = {"core": arms.CORE, "quick": arms.QUICK, "all": tuple(arms.ARMS)}
+    wanted = ["vanilla"]
+    for name in names:
+        wanted += groups.get(name, (name,))
+    if unknown := sorted(set(wanted) - set(arms.ARMS)):
+        raise ValueError(
+            f"`--arms` knows no {unknown[0]!r}; there are the groups "
+            f"{', '.join(groups)} and the arms {', '.join(arms.ARMS)}."
+        )
+    return tuple(arms.ARMS[name] for name in dict.fromkeys(wanted))
+
+
+def orders(config: Config, num_domains: int) -> np.ndarray:
+    """Each seed's order of domains, ``[seeds, domains]``, from the seed alone."""
+    count = config.domains or num_domains
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    return np.stack(
+        [np.random.default_rng(seed).permutation(num_domains)[:count] for seed in seeds]
+    ).astype(np.int32)
+
+
+def run(config: Config, folder: Path, context: engine.Context) -> dict:
+    """Trains every arm on every seed; returns the summary of ``results.json``."""
+    stream = data.load_stream(config.stream)
+    divergences = data.divergence_matrix(stream)
+    context.progress.say(data.divergence_table(stream.names, divergences))
+    order = orders(config, len(stream.names))
+    settings = _settings(config, stream, order.shape[1])
+    arrays = program.make_data(
+        stream, settings.model.context, _EVALUATED_WINDOWS, _PROBE_WINDOWS
+    )
+    selected = chosen_arms(config.arms)
+    work = len(selected) * order.size * settings.steps
+    context.progress.plan(work)
+    for family in arms.FAMILIES.values():
+        members = [arm for arm in selected if arm.family == family.name]
+        if members:
+            context.run(
+                program.make_program(family, settings),
+                arrays,
+                _lanes(config, members, order, arrays),
+                chunk_steps=max(1, settings.steps // _CHUNKS_PER_TASK),
+            )
+    run_folder.write_json(
+        folder / "stream.json",
+        {"names": stream.names, "orders": order, "divergences": divergences},
+    )
+    return reporting.summarize(folder, selected)
+
+
+def report(folder: Path):
+    """Tables, figures and claims of a finished run."""
+    config = run_folder.read_json(Path(folder) / "config.json")["config"]
+    return reporting.report(Path(folder), chosen_arms(tuple(config["arms"])))
+
+
+def _settings(config, stream, tasks):
+    model = SIZES[config.size]
+    batch, steps, _ = _TRAINING[config.size]
+    mean_length = np.mean([len(text) for text in stream.train])
+    return program.Settings(
+        model=model,
+        tasks=tasks,
+        steps=config.steps or steps,
+        batch=config.batch or batch,
+        memory=max(1, round(config.buffer * mean_length / (model.context + 1))),
+        collect_batches=32,
+    )
+
+
+def _lanes(config, members, order, arrays):
+    """All pairs of an arm and a seed, arms outermost, as one tree of arrays."""
+    rate = config.learning_rate or _TRAINING[config.size][2]
+    lanes = [
+        program.Lane(
+            seed=np.int32(config.first_seed + index),
+            order=order[index],
+            learning_rate=np.float32(rate * arm.learning_rate),
+            strength=np.float32(arm.strength),
+            joint=np.bool_(arm.joint),
+            digest=np.uint32(program.digest(arrays)),
+        )
+        for arm in members
+        for index in range(len(order))
+    ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *lanes)
+
+
+STUDY = Study(
+    "domain_stream",
+    "text domains one after another: routing, strength, penalties, replay",
+    Config,
+    run,
+    report,
+    check,
+)
