@@ -194,7 +194,7 @@ def test_summary_is_equal_over_batches_jit_vmap_and_numpy():
         lambda x, y: np.testing.assert_allclose(x[1, 2], y, 1e-12), batched, single
     )
     on_device = jax.jit(run)(jnp.asarray(matrix), jnp.asarray(curves))
-    mapped = jax.vmap(jax.vmap(run))(jnp.asarray(matrix), jnp.asarray(curves))
+    mapped = jax.jit(jax.vmap(jax.vmap(run)))(jnp.asarray(matrix), jnp.asarray(curves))
     for got in (on_device, mapped):
         assert all(isinstance(x, jax.Array) for x in got)
         jax.tree.map(

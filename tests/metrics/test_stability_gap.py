@@ -344,13 +344,18 @@ def test_curve_summary_is_equal_over_batches_jit_vmap_and_numpy(better):
         lambda x, y: np.testing.assert_allclose(x[2], y, 1e-12), batched, single
     )
     on_device = jnp.asarray(curves)
-    for got in (run(on_device), jax.jit(run)(on_device), jax.vmap(run)(on_device)):
+    for got in (jax.jit(run)(on_device), jax.jit(jax.vmap(run))(on_device)):
         assert all(isinstance(x, jax.Array) for x in got)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
             got,
             batched,
         )
+
+
+def test_jax_arrays_are_computed_in_jax_without_jit_too():
+    got = metrics.min_accuracy(jnp.asarray(CURVES), [2])
+    assert isinstance(got, jax.Array) and got == 0.25
 
 
 def test_a_missing_evaluation_under_jit_gives_nan_and_no_number():
