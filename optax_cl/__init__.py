@@ -1,5 +1,6 @@
 """Continual learning as Optax gradient transformations."""
 
+from optax_cl import metrics as metrics
 from optax_cl._core.matrices import MatrixView as MatrixView
 from optax_cl._core.matrices import matrix_views as matrix_views
 from optax_cl._core.tasks import Statistics as Statistics
@@ -12,6 +13,13 @@ from optax_cl._core.tasks import end_task as end_task
 from optax_cl._core.tasks import grow as grow
 from optax_cl._core.tasks import map_states as map_states
 from optax_cl._core.tasks import reset_state as reset_state
+from optax_cl.penalties import ewc as ewc
+from optax_cl.penalties import ewc_loss as ewc_loss
+from optax_cl.projections import agem as agem
+from optax_cl.replay import mix_replay as mix_replay
+from optax_cl.replay import reservoir_add as reservoir_add
+from optax_cl.replay import reservoir_init as reservoir_init
+from optax_cl.replay import reservoir_sample as reservoir_sample
 from optax_cl.routing import Context as Context
 from optax_cl.routing import Rule as Rule
 from optax_cl.routing import attenuate as attenuate
@@ -19,6 +27,10 @@ from optax_cl.routing import balance as balance
 from optax_cl.routing import capture_raw as capture_raw
 from optax_cl.routing import chain as chain
 from optax_cl.routing import constant as constant
+from optax_cl.routing import decoupled_adamw as decoupled_adamw
+from optax_cl.routing import measure as measure
+from optax_cl.routing import measure_gain as measure_gain
+from optax_cl.routing import multi_steps as multi_steps
 from optax_cl.routing import one_minus as one_minus
 from optax_cl.routing import project as project
 from optax_cl.routing import proportional as proportional
@@ -26,6 +38,9 @@ from optax_cl.routing import protect as protect
 from optax_cl.routing import ratchet as ratchet
 from optax_cl.routing import scale_by_decoupled_adam as scale_by_decoupled_adam
 from optax_cl.routing import scale_by_decoupled_amsgrad as scale_by_decoupled_amsgrad
+from optax_cl.routing import (
+    scale_by_decoupled_factored_rms as scale_by_decoupled_factored_rms,
+)
 from optax_cl.routing import spring as spring
 
 __version__ = "0.1.0"

@@ -16,8 +16,18 @@ from optax_cl.routing._adam import scale_by_decoupled_adam as scale_by_decoupled
 from optax_cl.routing._adam import (
     scale_by_decoupled_amsgrad as scale_by_decoupled_amsgrad,
 )
+from optax_cl.routing._aliases import decoupled_adamw as decoupled_adamw
+from optax_cl.routing._aliases import multi_steps as multi_steps
 from optax_cl.routing._capture import capture_raw as capture_raw
 from optax_cl.routing._capture import chain as chain
+from optax_cl.routing._factored import (
+    ScaleByDecoupledFactoredRmsState as ScaleByDecoupledFactoredRmsState,
+)
+from optax_cl.routing._factored import (
+    scale_by_decoupled_factored_rms as scale_by_decoupled_factored_rms,
+)
+from optax_cl.routing._meters import measure as measure
+from optax_cl.routing._meters import measure_gain as measure_gain
 from optax_cl.routing._protect import AttenuateState as AttenuateState
 from optax_cl.routing._protect import ProtectState as ProtectState
 from optax_cl.routing._protect import Subspace as Subspace

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks
+from optax_cl._core import checks, tasks
 from optax_cl.routing import _capture
 
 FIRST_MOMENTS = ("routed", "raw")
@@ -317,3 +317,9 @@ def _check_adam(b1, b2, eps, eps_root):
     checks.check_number("b2", b2, low=0.0, high=1.0, open_high=True)
     checks.check_number("eps", eps, low=0.0)
     checks.check_number("eps_root", eps_root, low=0.0)
+
+
+for _state in (ScaleByDecoupledAdamState, ScaleByDecoupledAmsgradState):
+    tasks.register_moments(
+        _state, ("mu",), tuple(f for f in _state._fields if f.startswith("nu"))
+    )

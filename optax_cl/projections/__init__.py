@@ -1,0 +1,8 @@
+"""Projections: constraints on gradients or updates.
+
+``agem`` keeps a step from working against a batch of the past.
+"""
+
+from optax_cl.projections._agem import AgemState as AgemState
+from optax_cl.projections._agem import agem as agem
+from optax_cl.projections._agem import reset_reference as reset_reference
