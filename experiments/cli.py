@@ -5,7 +5,6 @@ word where there is one; a traceback is a fault of ours.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import os
@@ -134,6 +133,7 @@ def _run(arguments: Sequence[str]) -> int:
             print("usage: python -m experiments run STUDY [flags]\n")
             return _list([])
         raise UsageError(f"run needs a study first{nearest('', studies.names())}")
+    make_devices(None)
     study = _study(arguments[0])
     parser = _Parser(
         prog=f"python -m experiments run {study.name}", description=study.summary
@@ -160,10 +160,11 @@ def _resume(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="the folder of a run")
     _add_devices(parser)
     values = _parse(parser, arguments)
-    record = run_folder.read_json(values.folder / "config.json")
-    study = _study(str(record.get("study")))
+    make_devices(values.devices)
+    record = run_folder.read_record(values.folder)
+    study = _study(record["study"])
     config = config_from_json(study.Config, record.get("config"), values.folder)
-    return execute(study, config, values.folder, values.devices)
+    return execute(study, config, values.folder)
 
 
 def _study(name: str) -> studies.Study:
@@ -178,30 +179,33 @@ def _study(name: str) -> studies.Study:
 def _add_devices(parser: _Parser) -> None:
     parser.add_argument(
         "--devices",
-        type=_positive,
+        type=_One(int, {"minimum": 1}),
         metavar="N",
         help="CPU devices to make (default: one per core); no effect on accelerators",
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
-
-
 def make_devices(count: int | None) -> None:
-    """Makes one fake device per core if this runs on a CPU; before JAX wakes up."""
+    """Makes fake devices where this runs on a CPU, one per core unless told.
+
+    Raises:
+      UsageError: if a number is asked for that cannot be had any more.
+    """
     import jax
 
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    cores = len(os.sched_getaffinity(0))
-    # JAX refuses once its devices exist (called from a program that has used them);
-    # then the run takes them as they are.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count or cores)
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    try:
+        if not forced:
+            cores = len(os.sched_getaffinity(0))
+            jax.config.update("jax_num_cpu_devices", count or cores)
+    except RuntimeError:
+        # JAX has its devices already, as in a program that calls `main`.
+        forced = True
+    if forced and count not in (None, jax.device_count()):
+        raise UsageError(
+            f"--devices {count}: this process has {jax.device_count()} devices already "
+            "(XLA_FLAGS, or JAX was in use); leave the flag out."
+        )
 
 
 def execute(
@@ -218,7 +222,8 @@ def execute(
     Returns:
       The exit code.
     """
-    make_devices(devices)
+    if devices is not None:
+        make_devices(devices)
     from experiments import engine, run_folder
     from experiments.data import DataError
 
@@ -258,8 +263,8 @@ def _report(arguments: Sequence[str]) -> int:
     parser = _Parser(prog="python -m experiments report")
     parser.add_argument("folder", type=Path, help="the folder of a finished run")
     folder = _parse(parser, arguments).folder
-    record = run_folder.read_json(folder / "config.json")
-    study = _study(str(record.get("study")))
+    record = run_folder.read_record(folder)
+    study = _study(record["study"])
     with run_folder.locked(folder):
         if not (folder / "results.json").exists():
             raise run_folder.RunError(
@@ -359,7 +364,10 @@ class _Many(_One):
     """Comma-separated text to a tuple of legal values."""
 
     def __call__(self, text: str) -> tuple:
-        return tuple(super(_Many, self).__call__(t) for t in text.split(",") if t)
+        parts = [part for part in text.split(",") if part]
+        if not parts:
+            raise argparse.ArgumentTypeError("needs at least one value")
+        return tuple(super(_Many, self).__call__(part) for part in parts)
 
 
 def _convert(text: str, element: Any) -> Any:

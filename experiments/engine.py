@@ -348,10 +348,11 @@ def _fingerprint(
             f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode()
         )
         digest.update(array.tobytes())
-    config = folder / "config.json"
+    # A program may run without the command line, and so without a recorded config.
+    recorded = (folder / "config.json").exists()
     return {
-        "config_hash": run_folder.read_json(config)["config_hash"]
-        if config.exists()
+        "config_hash": run_folder.read_record(folder)["config_hash"]
+        if recorded
         else "",
         "program": program.name,
         "num_tasks": program.num_tasks,

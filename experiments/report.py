@@ -95,7 +95,7 @@ def write(folder: Path, report: Report) -> Path:
         run_folder.write_atomic(path.with_name(f"{figure.name}.svg"), svg)
         png = drawing.to_png(figure.figure)
         run_folder.write_atomic(path.with_name(f"{figure.name}.png"), png)
-    config = run_folder.read_json(folder / "config.json")
+    config = run_folder.read_record(folder)
     page = folder / "report.html"
     run_folder.write_atomic(page, to_html(report, pictures, config))
     return page

@@ -149,6 +149,22 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is damaged or unreadable: {error}") from None
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of a run folder's ``config.json``.
+
+    Raises:
+      RunError: if it is missing or does not describe a run.
+    """
+    path = Path(folder) / "config.json"
+    record = read_json(path)
+    kinds = {"study": str, "config": dict, "config_hash": str}
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise RunError(f"{path} does not describe a run; start a new one with --out.")
+    return record
+
+
 def arrays_to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
     """An ``.npz`` whose bytes depend on the arrays alone (no time stamps)."""
     buffer = io.BytesIO()
@@ -293,14 +309,14 @@ def open_run(folder: Path, study: str, config: Any) -> list[str]:
         record = {"study": study, "config": settings, **here}
         write_json(path, {**record, "config_hash": config_hash(study, config)})
         return []
-    there = read_json(path)
-    if there.get("study") != study:
+    there = read_record(folder)
+    if there["study"] != study:
         raise RunError(
-            f"{folder} holds a run of the study {there.get('study')!r}, not of "
+            f"{folder} holds a run of the study {there['study']!r}, not of "
             f"{study!r}; choose another --out."
         )
-    if there.get("config_hash") != config_hash(study, config):
-        phrases = differences(there.get("config", {}), settings)
+    if there["config_hash"] != config_hash(study, config):
+        phrases = differences(there["config"], settings)
         raise RunError(
             f"{folder} holds a run with another config "
             f"({'; '.join(phrases) or 'config.json was edited'}); choose another "
