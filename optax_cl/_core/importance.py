@@ -13,7 +13,7 @@ The penalty of past tasks j is :math:`\frac12\sum_j\langle F_j, (\theta -
   loses.
 - ``"separate"``: every :math:`F_j` and :math:`\theta^*_j`, in banks of fixed capacity.
 - ``"latest"``: :math:`S_0`, anchored at the newest :math:`\theta^*` only.
-- ``"none"``: :math:`S_0` without anchors.
+- None: :math:`S_0` without anchors.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ OVERFLOWS = ("error", "merge")
 class Rules:
     """How tasks are added to a memory. A static node: it holds no arrays."""
 
-    anchors: str
+    anchors: str | None
     accumulate: str
     ema_init: str
     capacity: int | None
@@ -58,8 +58,17 @@ class ImportanceMemory(NamedTuple):
     rules: Rules
 
 
+class EwcState(NamedTuple):
+    """State of ``ewc`` and of ``ewc_proximal``."""
+
+    count: chex.Array  # int32 [], steps done (for schedules)
+    strength: chex.Array  # float32 [], lambda at the next step
+    memory: ImportanceMemory  # importance and anchors
+    fisher: statistics.FisherRules  # static
+
+
 def make_rules(
-    anchors: str,
+    anchors: str | None,
     accumulate: str,
     decay: chex.Numeric | None,
     ema_init: str,
@@ -67,7 +76,6 @@ def make_rules(
     overflow: str,
 ) -> Rules:
     """Checks the arguments that all methods with an importance memory share."""
-    checks.check_choice("anchors", anchors, (*ANCHORS, "none"))
     checks.check_choice("accumulate", accumulate, ACCUMULATE)
     checks.check_choice("ema_init", ema_init, EMA_INITS)
     checks.check_choice("overflow", overflow, OVERFLOWS)
@@ -104,7 +112,9 @@ def make_rules(
 
 def decay_array(decay: chex.Numeric | None) -> chex.Array:
     """The factor on past tasks as a state field."""
-    return jnp.asarray(1.0 if decay is None else decay, dtype=jnp.result_type(float))
+    # A copy: the state may be donated, the caller's array must outlive it.
+    value = 1.0 if decay is None else decay
+    return jnp.array(value, dtype=jnp.result_type(float), copy=True)
 
 
 def init(
@@ -123,7 +133,7 @@ def init(
         tasks=jnp.zeros([], jnp.int32),
         stored=jnp.zeros([], jnp.int32),
         importance=jax.tree.map(zeros, params),
-        anchor=None if rules.anchors == "none" else jax.tree.map(zeros, params),
+        anchor=None if rules.anchors is None else jax.tree.map(zeros, params),
         offset=jnp.zeros([], jnp.float32),
         decay=decay_array(decay),
         rules=rules,
@@ -298,6 +308,40 @@ def map_updates(
     )
 
 
+def value_at(scalar: optax.ScalarOrSchedule, count: chex.Array) -> chex.Numeric:
+    """A constant or a schedule at a step."""
+    return scalar(count) if callable(scalar) else scalar
+
+
+def init_ewc(
+    params: chex.ArrayTree,
+    strength: optax.ScalarOrSchedule,
+    rules: Rules,
+    decay: chex.Numeric | None,
+    fisher: statistics.FisherRules,
+) -> EwcState:
+    """The state before the first task."""
+    count = jnp.zeros([], jnp.int32)
+    return EwcState(
+        count=count,
+        strength=jnp.array(value_at(strength, count), jnp.float32, copy=True),
+        memory=init(params, rules, decay),
+        fisher=fisher,
+    )
+
+
+def advance_ewc(
+    state: EwcState, strength: optax.ScalarOrSchedule, decay: chex.Numeric | None
+) -> EwcState:
+    """The state after a step; arguments that changed since ``init`` are taken over."""
+    count = optax.safe_increment(state.count)
+    return state._replace(
+        count=count,
+        strength=jnp.asarray(value_at(strength, count), state.strength.dtype),
+        memory=state.memory._replace(decay=decay_array(decay)),
+    )
+
+
 def fisher_boundary() -> tasks.Boundary:
     """For states with the fields ``memory`` and ``fisher`` (its rules)."""
 
@@ -362,3 +406,6 @@ def grow(memory: ImportanceMemory, capacity: int) -> ImportanceMemory:
         anchor=jax.tree.map(pad, memory.anchor),
         rules=dataclasses.replace(memory.rules, capacity=capacity),
     )
+
+
+tasks.register_boundary(EwcState, fisher_boundary())

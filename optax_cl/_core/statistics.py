@@ -221,7 +221,7 @@ def fisher_diagonal(
 
 def _add_exact(sums: _Sums, data: tasks.PassInput) -> _Sums:
     outputs = tasks.require(data.task, "outputs", "the Fisher estimator 'exact'")
-    shape = jax.eval_shape(outputs, data.params, data.batch).shape
+    shape = _shape("outputs", outputs, data)
     if len(shape) != 2:
         raise ValueError(
             "the Fisher estimator 'exact' sums over the classes of one label per "
@@ -253,6 +253,7 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
     method = f"the Fisher estimator {estimator!r}"
     if estimator == "empirical":
         loss = tasks.require(data.task, "loss", method)
+        _check_loss(loss, data)
         items = _items_of_outputs(data)
 
         def log_prob(params, example):
@@ -261,13 +262,19 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
         rows = data.batch
     else:
         of_label = tasks.require(data.task, "log_prob", method)
-        outputs = tasks.require(data.task, "outputs", method)(data.params, data.batch)
+        outputs_of = tasks.require(data.task, "outputs", method)
+        outputs = outputs_of(data.params, data.batch)
         if estimator == "predicted":
+            if outputs.ndim < 2:
+                raise ValueError(
+                    "the Fisher estimator 'predicted' takes the most likely class, so "
+                    "`task.outputs` must give logits [B, ..., C]; got shape "
+                    f"{outputs.shape}."
+                )
             labels = jnp.argmax(outputs, axis=-1)
         else:
             labels = tasks.require(data.task, "sample_label", method)(outputs, data.key)
-        shape = jax.eval_shape(of_label, data.params, data.batch, labels).shape
-        items = math.prod(shape[1:])
+        items = math.prod(_shape("log_prob", of_label, data, labels)[1:])
 
         def log_prob(params, row):
             example, label = row
@@ -287,6 +294,7 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
 
 def _add_batched(sums: _Sums, data: tasks.PassInput) -> _Sums:
     loss = tasks.require(data.task, "loss", "the Fisher estimator 'batched'")
+    _check_loss(loss, data)
     count = data.weights.sum()
 
     def mean_loss(params):
@@ -311,8 +319,26 @@ def _advance(sums: _Sums, squares: Any, weights: chex.Array, items: int) -> _Sum
 def _items_of_outputs(data: tasks.PassInput) -> int:
     if data.task.outputs is None:
         return 1
-    shape = jax.eval_shape(data.task.outputs, data.params, data.batch).shape
-    return math.prod(shape[1:-1])
+    return math.prod(_shape("outputs", data.task.outputs, data)[1:-1])
+
+
+def _check_loss(loss, data: tasks.PassInput) -> None:
+    if len(shape := _shape("loss", loss, data)) != 1:
+        raise ValueError(
+            "`task.loss` must give one number per example, shape [B]; got shape "
+            f"{shape}. Take the mean over an example's items."
+        )
+
+
+def _shape(name: str, function, data: tasks.PassInput, *args) -> tuple[int, ...]:
+    shape = jax.eval_shape(function, data.params, data.batch, *args).shape
+    if shape[:1] != data.weights.shape:
+        raise ValueError(
+            f"`task.{name}` must keep the axis of examples: its result must have shape "
+            f"[{data.weights.size}, ...] for this batch; got {shape}. Is there a mean "
+            "over the batch in it?"
+        )
+    return shape
 
 
 def _lead(example: Any) -> Any:
@@ -345,7 +371,12 @@ def _sum_over_examples(one, rows, weights, start, *, copies=1):
         part_rows, part_weights = part
         values = jax.vmap(one)(part_rows)
         return jax.tree.map(
-            lambda t, v: t + jnp.tensordot(part_weights.astype(v.dtype), v, axes=1),
+            lambda t, v: (
+                t
+                + jnp.tensordot(
+                    part_weights.astype(v.dtype), v, axes=1, precision="highest"
+                )
+            ),
             total,
             values,
         ), None

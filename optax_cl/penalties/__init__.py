@@ -1,9 +1,18 @@
 """Penalties: quadratic pulls towards past solutions.
 
 Soft constraints for whoever keeps no data: an importance for each parameter and an
-anchor, consolidated at task boundaries.
+anchor, consolidated at task boundaries. ``ewc`` adds the pull to the gradient or the
+step, ``ewc_proximal`` takes it implicitly, ``rescale_by_importance`` only slows
+important coordinates down.
 """
 
-from optax_cl.penalties._ewc import EwcState as EwcState
+from optax_cl._core.importance import EwcState as EwcState
+from optax_cl._core.statistics import Fisher as Fisher
+from optax_cl._core.statistics import fisher_diagonal as fisher_diagonal
 from optax_cl.penalties._ewc import ewc as ewc
 from optax_cl.penalties._ewc import ewc_loss as ewc_loss
+from optax_cl.penalties._ewc_proximal import ewc_proximal as ewc_proximal
+from optax_cl.penalties._rescale import (
+    RescaleByImportanceState as RescaleByImportanceState,
+)
+from optax_cl.penalties._rescale import rescale_by_importance as rescale_by_importance
