@@ -92,7 +92,13 @@ def check_params(method: str, params: Any) -> None:
 
 
 def path_str(path: Any) -> str:
-    """A leaf's path as users write it: ``dense/kernel``."""
+    """A leaf's path as users write it: ``dense/kernel``.
+
+    An NNX variable shows up as an attribute ``value`` below its name, but only where
+    the variable itself is in the tree; without it a leaf has one name everywhere.
+    """
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/") or "<root>"
 
 

@@ -205,6 +205,7 @@ def collect(
     *,
     task: Task,
     key: chex.PRNGKey,
+    frozen: chex.ArrayTree | None = None,
 ) -> Statistics:
     """Streams over a finished task's data and computes what the methods ask for.
 
@@ -222,6 +223,10 @@ def collect(
         have dependent passes (at most twice at present).
       task: Pure functions of the task in evaluation mode; see ``Task``.
       key: For labels sampled from the model.
+      frozen: Other arrays that the functions of ``task`` read (batch statistics, frozen
+        weights). If given, they get ``(params, frozen)`` where they otherwise get
+        ``params``. Arrays they merely close over would be compiled in, and a change of
+        them would compile anew.
 
     Returns:
       ``Statistics`` for ``end_task``.
@@ -286,6 +291,7 @@ def collect(
                 earlier,
                 trainable,
                 hidden,
+                frozen,
                 batch,
                 weights,
                 jax.random.fold_in(jax.random.fold_in(key, level), count),
@@ -671,9 +677,13 @@ def _join(trainable, hidden):
     )
 
 
-def _bind(task: Task, hidden: Any) -> Task:
+def _bind(task: Task, hidden: Any, frozen: Any) -> Task:
     def bind(function):
-        return lambda trainable, *args: function(_join(trainable, hidden), *args)
+        def bound(trainable, *args):
+            params = _join(trainable, hidden)
+            return function(params if frozen is None else (params, frozen), *args)
+
+        return bound
 
     with_params = {
         name: None if getattr(task, name) is None else bind(getattr(task, name))
@@ -692,11 +702,12 @@ def _step(
     earlier,
     trainable,
     hidden,
+    frozen,
     batch,
     weights,
     key,
 ):
-    task = _bind(task, hidden)
+    task = _bind(task, hidden, frozen)
     new = {}
     for name, p in jobs:
         data = PassInput(
