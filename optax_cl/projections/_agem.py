@@ -1,6 +1,6 @@
 """A-GEM: never step against the gradient of a batch from the memory."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -13,7 +13,7 @@ from optax_cl._core import checks, surgery, trees
 class AgemState(NamedTuple):
     """State of :func:`agem`."""
 
-    reference: chex.ArrayTree | None  # like params, float32; None without `decay`
+    reference: Any  # like params, at least float32; None without `decay`
 
 
 def agem(
@@ -58,8 +58,9 @@ def agem(
     * ``pre``, before the moments (the published form, made for SGD): the *routed
       gradient* does not oppose the reference. The step that follows may: momentum holds
       directions from before, and dividing by the second moment rotates the gradient. In
-      the example below 77 % of Adam's directions oppose the reference without A-GEM, 68
-      % with it in ``pre`` (60 % and 22 % with ``b1=0``), and none in ``post``.
+      the example below 77 % of Adam's directions oppose the reference without A-GEM,
+      68 % with ``pre`` (60 % and 22 % without momentum; decoupled moments leak as much
+      as shared ones), and none with ``post``.
     * ``post``, after the moments and weight decay, before the learning rate: the *step*
       does not oppose the reference. Optax's ``scale_by_*`` directions point along the
       gradient, so the sign is that of ``pre``: ``sign="gradient"``.
@@ -94,7 +95,7 @@ def agem(
       How often does Adam's direction oppose the reference?
 
       >>> import jax, jax.numpy as jnp, optax
-      >>> from optax_cl.projections._agem import agem
+      >>> from optax_cl.projections import agem
       >>> scale = jnp.logspace(-2, 0, 20)[None]  # coordinates of very different size
       >>> noise = jax.random.normal(jax.random.key(0), (2, 1000, 20))
       >>> grads, refs = (noise[0] + 0.3) * scale, (noise[1] - 0.3) * scale

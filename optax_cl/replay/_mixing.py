@@ -1,8 +1,7 @@
 """Replay mixing: the gradient on a replay batch blended into the current one."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ from optax_cl._core import checks, surgery, trees
 class MixReplayState(NamedTuple):
     """State of :func:`mix_replay`."""
 
-    count: chex.Array | None  # [], int32; None unless `rho` is a schedule
+    count: Any  # [], int32; None unless `rho` is a schedule
 
 
 def mix_replay(

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optax_cl.projections._agem import AgemState, agem, reset_reference
+import optax_cl
+from optax_cl.projections import AgemState, agem, reset_reference
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -55,10 +56,15 @@ def cosines(updates, refs):
 # The map
 
 
+@jax.jit
+def run_plain(grads, refs):
+    return run(agem(), grads, refs)[0]
+
+
 @given(SEEDS)
 def test_it_equals_the_formula_in_float64(seed):
     grads, refs = stream(seed)
-    updates, _ = run(agem(), grads, refs)
+    updates = run_plain(grads, refs)
     for u, g, r in zip(*map(np.float64, (updates, grads, refs)), strict=True):
         np.testing.assert_allclose(
             u, project_in_float64(g, r), atol=1e-6 * np.linalg.norm(g)
@@ -218,6 +224,8 @@ def test_pre_keeps_the_gradient_from_opposing_but_not_the_step_of_adam():
     assert 0.60 < opposed(agem(), adam) < 0.75
     assert 0.15 < opposed(agem(), no_momentum) < 0.28
     assert opposed(adam, agem()) == 0.0
+    decoupled = optax_cl.chain(agem(), optax_cl.scale_by_decoupled_adam())
+    assert abs(opposed(decoupled) - opposed(agem(), adam)) < 0.02
 
 
 def test_post_holds_at_every_step_despite_momentum_and_weight_decay():
