@@ -1,11 +1,7 @@
 """The claims about routing under Adam, held against what was measured."""
 
-import numpy as np
-
 from experiments.claims import Claim
-from experiments.studies import _stream_results as measured
 from experiments.studies._stream_results import ArmResults
-from optax_cl import metrics
 
 SOURCE = "arXiv 2604.22407v1, abstract (a preprint since reported withdrawn)"
 

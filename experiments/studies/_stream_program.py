@@ -16,14 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import optax_cl
 from experiments.data import Stream
 from experiments.engine import Program
 from experiments.models import byte_lm
 from optax_cl import replay
-from optax_cl._core import tasks
 
 # Streams of random numbers within one seed.
 _INIT, _BATCH, _MEMORY, _STORE, _COLLECT = range(5)
+
+
+class Common(NamedTuple):
+    """What the optimizers of one run share.
+
+    Attributes:
+      b2: Decay of Adam's second moment.
+      rank: Columns of each basis of a protected subspace.
+    """
+
+    b2: float
+    rank: int
 
 
 class Settings(NamedTuple):
@@ -31,6 +43,7 @@ class Settings(NamedTuple):
 
     Attributes:
       model: Sizes of the model.
+      common: What the optimizers share.
       tasks: Domains a seed's order visits.
       steps: Training steps per domain.
       batch: Windows per batch; a replay batch has as many.
@@ -39,6 +52,7 @@ class Settings(NamedTuple):
     """
 
     model: byte_lm.ByteLMConfig
+    common: Common
     tasks: int
     steps: int
     batch: int
@@ -74,14 +88,15 @@ class Family(NamedTuple):
 
     Attributes:
       name: Names the program and its file of results.
-      build: ``(strength, learning rate) -> optimizer``; both may be tracers.
+      build: ``(common, strength, learning rate) -> optimizer``; the numbers may be
+        tracers.
       memory: Which extra argument a batch from the memory becomes, if any:
         ``"replay_updates"`` or ``"reference_updates"``.
       meters: Names of scalars to read from the optimizer state after each step.
     """
 
     name: str
-    build: Callable[[chex.Array, chex.Array], optax.GradientTransformation]
+    build: Callable[[Common, chex.Array, chex.Array], optax.GradientTransformation]
     memory: str | None = None
     meters: tuple[str, ...] = ()
 
@@ -125,7 +140,7 @@ def make_program(family: Family, settings: Settings) -> Program:
     """The engine's functions for one family."""
     model = byte_lm.byte_lm(settings.model)
     # Built once: statistics are compiled anew for functions not seen before.
-    task_functions = tasks.classification(
+    task_functions = optax_cl.classification(
         lambda params, windows: model.apply(params, windows[:, :-1]),
         lambda windows: windows[:, 1:].astype(jnp.int32),
     )
@@ -142,7 +157,7 @@ def make_program(family: Family, settings: Settings) -> Program:
             step / settings.steps,
         )
         rate = lane.learning_rate * (1.0 - done)
-        return family.build(lane.strength, rate)
+        return family.build(settings.common, lane.strength, rate)
 
     def draw(data, lane, task, key, count):
         """Windows of the task's domain, or of any domain in joint training."""
@@ -202,15 +217,15 @@ def make_program(family: Family, settings: Settings) -> Program:
         keys = jax.random.split(_key(lane, _COLLECT, task), 2)
         count = settings.batch * settings.collect_batches
         windows = draw(data, lane, task, keys[0], count)
-        statistics = tasks.collect(
+        statistics = optax_cl.collect(
             opt_state,
             params,
             jnp.split(windows, settings.collect_batches),
             task=task_functions,
             key=keys[1],
         )
-        opt_state = tasks.end_task(opt_state, params, statistics)
-        opt_state = tasks.begin_task(opt_state, params)
+        opt_state = optax_cl.end_task(opt_state, params, statistics)
+        opt_state = optax_cl.begin_task(opt_state, params)
         return Carry(params, opt_state, buffer), {}
 
     def evaluate(data, lane, carry):

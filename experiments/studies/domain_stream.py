@@ -23,7 +23,7 @@ learning loss; every arm is compared with that curve at its own learning loss.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -38,9 +38,22 @@ from experiments.studies import _stream_report as reporting
 # Seeds on which settings may be chosen. Reporting seeds start at 0 and stay below.
 TUNING_SEEDS = range(1_000_000, 1_000_100)
 
-SIZES = {"small": byte_lm.SMALL, "full": byte_lm.FULL}
-# Windows per batch, steps per domain, learning rate: what each size wants.
-_TRAINING = {"small": (8, 250, 4e-3), "full": (32, 10_000, 3e-4)}
+
+class Size(NamedTuple):
+    """A model and how it wants to be trained."""
+
+    model: byte_lm.ByteLMConfig
+    batch: int  # windows per batch
+    steps: int  # per domain
+    learning_rate: float
+    b2: float  # the second moment forgets well within one domain
+    rank: int
+
+
+SIZES = {
+    "small": Size(byte_lm.SMALL, 8, 250, 4e-3, b2=0.99, rank=8),
+    "full": Size(byte_lm.FULL, 32, 10_000, 3e-4, b2=0.999, rank=64),
+}
 _CHUNKS_PER_TASK = 5
 _EVALUATED_WINDOWS = 256
 _PROBE_WINDOWS = 16
@@ -56,9 +69,7 @@ class Config:
     arms: tuple[str, ...] = field(
         ("core",), quick=("quick",), help="core, quick, all, or names of arms"
     )
-    seeds: int = field(
-        5, quick=2, minimum=2, maximum=1_000_000, help="number of seeds"
-    )
+    seeds: int = field(5, quick=2, minimum=2, maximum=1_000_000, help="number of seeds")
     first_seed: int = field(0, minimum=0, maximum=999_999, help="the first seed")
     domains: int = field(
         0, quick=4, minimum=0, help="domains that each seed visits; 0: all"
@@ -70,6 +81,9 @@ class Config:
     batch: int = field(0, minimum=0, help="windows per batch; 0: as the size suggests")
     learning_rate: float = field(
         0.0, minimum=0.0, help="Adam's rate; 0: as the size suggests"
+    )
+    rank: int = field(
+        0, minimum=0, help="columns of each protected basis; 0: as the size suggests"
     )
     buffer: float = field(
         0.005, minimum=1e-6, maximum=1.0, help="share of a domain that replay may keep"
@@ -90,7 +104,7 @@ def check(config: Config) -> None:
             f"`--domains` must be 0 or from 2 to {len(stream.names)}, the number of "
             f"domains of {config.stream!r}; got {config.domains}."
         )
-    context = SIZES[config.size].context
+    context = SIZES[config.size].model.context
     for name, text in zip(stream.names, stream.heldout, strict=True):
         if len(text) <= context:
             raise ValueError(
@@ -158,22 +172,22 @@ def report(folder: Path):
 
 
 def _settings(config, stream, tasks):
-    model = SIZES[config.size]
-    batch, steps, _ = _TRAINING[config.size]
+    size = SIZES[config.size]
     mean_length = np.mean([len(text) for text in stream.train])
     return program.Settings(
-        model=model,
+        model=size.model,
+        common=program.Common(size.b2, config.rank or size.rank),
         tasks=tasks,
-        steps=config.steps or steps,
-        batch=config.batch or batch,
-        memory=max(1, round(config.buffer * mean_length / (model.context + 1))),
+        steps=config.steps or size.steps,
+        batch=config.batch or size.batch,
+        memory=max(1, round(config.buffer * mean_length / (size.model.context + 1))),
         collect_batches=32,
     )
 
 
 def _lanes(config, members, order, arrays):
     """All pairs of an arm and a seed, arms outermost, as one tree of arrays."""
-    rate = config.learning_rate or _TRAINING[config.size][2]
+    rate = config.learning_rate or SIZES[config.size].learning_rate
     lanes = [
         program.Lane(
             seed=np.int32(config.first_seed + index),
