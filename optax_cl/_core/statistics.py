@@ -167,8 +167,8 @@ def fisher_diagonal(
     spreads importance over heads that were never trained.
 
     **Cost.** Per example one backward pass (``"exact"``: one per class). Memory: the
-    result, and up to 256 MB of per-example gradients at a time (twice that for
-    ``"exact"``), or one example's if the model is larger.
+    result, and up to 256 MB of per-example gradients at a time, or those of one example
+    if the model is larger.
 
     Args:
       params: Where to evaluate; leaves that are not floating point are hidden.
