@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
-PYTEST := $(PY) -m pytest -n 2 --dist worksteal
+PYTEST := $(PY) -m pytest -n 2 --dist worksteal --durations=10 --durations-min=5
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
