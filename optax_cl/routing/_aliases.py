@@ -113,6 +113,8 @@ def multi_steps(
 
     Raises:
       TypeError: If ``inner`` is not a gradient transformation.
+      ValueError: At trace time if ``raw_updates`` is bound outside: it would be the raw
+        gradient of one micro-batch beside a routed one accumulated over all of them.
 
     Example:
       >>> import jax.numpy as jnp, optax_cl
@@ -124,4 +126,14 @@ def multi_steps(
     """
     _capture.check_transformation("inner", inner)
     accumulate = optax.MultiSteps(inner, every_k_schedule, **kwargs)
-    return optax.GradientTransformationExtraArgs(accumulate.init, accumulate.update)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if extra_args.get("raw_updates") is not None:
+            raise ValueError(
+                "`raw_updates` is bound outside `multi_steps`, where it is the "
+                "gradient of one micro-batch. Put the capture inside: "
+                "`multi_steps(optax_cl.chain(...), k)`."
+            )
+        return accumulate.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(accumulate.init, update_fn)

@@ -46,6 +46,7 @@ def capture_raw(
       A ``GradientTransformationExtraArgs`` with the state of ``inner``.
 
     Raises:
+      TypeError: If ``inner`` is not a gradient transformation.
       ValueError: At trace time, for a capture inside a capture that would change what
         ``raw_updates`` means, unless ``rebind`` is true.
 
@@ -59,6 +60,7 @@ def capture_raw(
       >>> print(updates.round(3))  # plain Adam would have cancelled the factor one half
       [ 0.5 -0.5]
     """
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
