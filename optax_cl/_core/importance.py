@@ -55,7 +55,8 @@ class ImportanceMemory(NamedTuple):
     anchor: chex.ArrayTree | None  # like params, float32; "separate": [K, ...]
     offset: chex.Array  # float32 [], value of the penalty lost by merging, times two
     decay: chex.Array  # float32 [], factor on what is there already (1 for "sum")
-    rules: Rules
+    # Optax's type of a state is a tree of arrays; a static node needs `Any` in it.
+    rules: Any  # Rules
 
 
 class EwcState(NamedTuple):
@@ -64,7 +65,7 @@ class EwcState(NamedTuple):
     count: chex.Array  # int32 [], steps done (for schedules)
     strength: chex.Array  # float32 [], lambda at the next step
     memory: ImportanceMemory  # importance and anchors
-    fisher: statistics.FisherRules  # static
+    fisher: Any  # statistics.FisherRules, static
 
 
 def make_rules(

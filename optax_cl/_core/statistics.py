@@ -135,7 +135,8 @@ class _Request(NamedTuple):
     """An optimizer state of nothing but the wish for a Fisher."""
 
     params: chex.ArrayTree
-    fisher: FisherRules
+    # Optax's type of a state is a tree of arrays; a static node needs `Any` in it.
+    fisher: Any  # FisherRules
 
 
 tasks.register_boundary(
@@ -177,8 +178,8 @@ def fisher_diagonal(
         ``"sampled"`` needs ``outputs``, ``sample_label`` and ``log_prob``;
         ``"predicted"`` needs ``outputs`` ``[B, ..., C]`` and ``log_prob``;
         ``"empirical"`` and ``"batched"`` need ``loss``, the negative log-likelihood of
-        an example, averaged over its items; their number is read off the middle axes
-        of ``outputs`` (one if there is no ``outputs``).
+        an example, averaged over its items; how many it has is seen from the shape of
+        ``log_prob`` (one if ``outputs``, ``sample_label`` or ``log_prob`` is missing).
       key: For ``"sampled"``; the others ignore it.
       estimator: ``"exact"``, ``"sampled"``, ``"empirical"``, ``"predicted"`` or
         ``"batched"``.
@@ -221,6 +222,7 @@ def fisher_diagonal(
 
 def _add_exact(sums: _Sums, data: tasks.PassInput) -> _Sums:
     outputs = tasks.require(data.task, "outputs", "the Fisher estimator 'exact'")
+    _check_classes("exact", data)
     shape = _shape("outputs", outputs, data)
     if len(shape) != 2:
         raise ValueError(
@@ -254,7 +256,7 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
     if estimator == "empirical":
         loss = tasks.require(data.task, "loss", method)
         _check_loss(loss, data)
-        items = _items_of_outputs(data)
+        items = _items(data)
 
         def log_prob(params, example):
             return -items * loss(params, _lead(example)).sum()
@@ -265,6 +267,7 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
         outputs_of = tasks.require(data.task, "outputs", method)
         outputs = outputs_of(data.params, data.batch)
         if estimator == "predicted":
+            _check_classes(estimator, data)
             if outputs.ndim < 2:
                 raise ValueError(
                     "the Fisher estimator 'predicted' takes the most likely class, so "
@@ -302,7 +305,7 @@ def _add_batched(sums: _Sums, data: tasks.PassInput) -> _Sums:
         return jnp.sum(losses * data.weights) / jnp.maximum(count, 1.0)
 
     squares = _add_squares(sums.squares, jax.grad(mean_loss)(data.params), 1.0)
-    new = _advance(sums, squares, data.weights, items=_items_of_outputs(data))
+    new = _advance(sums, squares, data.weights, items=_items(data))
     return new._replace(terms=sums.terms + 1.0)
 
 
@@ -316,10 +319,30 @@ def _advance(sums: _Sums, squares: Any, weights: chex.Array, items: int) -> _Sum
     )
 
 
-def _items_of_outputs(data: tasks.PassInput) -> int:
-    if data.task.outputs is None:
+def _labels(data: tasks.PassInput) -> jax.ShapeDtypeStruct | None:
+    """What a label of this batch looks like; None if the task does not say."""
+    outputs, sample = data.task.outputs, data.task.sample_label
+    if outputs is None or sample is None:
+        return None
+    return jax.eval_shape(lambda: sample(outputs(data.params, data.batch), data.key))
+
+
+def _items(data: tasks.PassInput) -> int:
+    """Labels per example, as ``log_prob`` counts them."""
+    labels = _labels(data)
+    if labels is None or data.task.log_prob is None:
         return 1
-    return math.prod(_shape("outputs", data.task.outputs, data)[1:-1])
+    return math.prod(_shape("log_prob", data.task.log_prob, data, labels)[1:])
+
+
+def _check_classes(estimator: str, data: tasks.PassInput) -> None:
+    labels = _labels(data)
+    if labels is not None and not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"the Fisher estimator {estimator!r} goes over classes, but "
+            f"`task.sample_label` gives labels of dtype {labels.dtype}. Use 'sampled' "
+            "or 'empirical'."
+        )
 
 
 def _check_loss(loss, data: tasks.PassInput) -> None:

@@ -1,6 +1,6 @@
 r"""Importance as attenuation: important coordinates learn more slowly."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ class RescaleByImportanceState(NamedTuple):
 
     count: chex.Array  # int32 [], steps done (for a schedule)
     memory: importance.ImportanceMemory  # importance, no anchors
-    fisher: statistics.FisherRules  # static
+    fisher: Any  # statistics.FisherRules, static
 
 
 def rescale_by_importance(

@@ -212,6 +212,35 @@ def test_sampled_sequences_have_the_units_of_the_hessian_of_the_mean_loss():
     np.testing.assert_allclose(got, hessian, rtol=0.15)
 
 
+def test_vector_labels_of_a_gaussian_model_are_one_item_each():
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(9, 2)), rng.normal(size=(9, 4, 3))
+    params = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+
+    def predict(p, batch):
+        return jnp.broadcast_to((batch[0] @ p)[:, None], (len(batch[0]), 4, 3))
+
+    def log_prob(p, batch, labels):
+        return -0.5 * jnp.sum((predict(p, batch) - labels) ** 2, axis=(1, 2))
+
+    task = tasks.Task(
+        loss=lambda p, batch: -log_prob(p, batch, batch[1]),
+        outputs=predict,
+        log_prob=log_prob,
+        sample_label=lambda z, key: z + jax.random.normal(key, z.shape),
+    )
+    batch = (np.float32(x), np.float32(y))
+    error = (y - (x @ np.float64(params))[:, None]).sum(1)
+    expected = (np.einsum("na,nc->nac", x, error) ** 2).mean(0)
+    got = fisher(params, [batch], task, "empirical")
+    np.testing.assert_allclose(got.diagonal, expected, rtol=1e-4)
+    assert got.num_items == got.num_examples == 9
+    many = jax.tree.map(lambda v: np.tile(v, (400,) + (1,) * (v.ndim - 1)), batch)
+    sampled = fisher(params, [many], task, "sampled").diagonal
+    hessian = np.repeat(4 * (x**2).mean(0)[:, None], 3, axis=1)
+    np.testing.assert_allclose(sampled, hessian, rtol=0.15)
+
+
 # --- Invariances ---------------------------------------------------------------------
 
 
@@ -391,6 +420,14 @@ def test_a_loss_per_item_is_refused():
     task = LINEAR._replace(loss=lambda p, b: -LINEAR.log_prob(p, b, b["y"]))
     with pytest.raises(ValueError, match="one number per example"):
         fisher(params, [data], task, "empirical")
+
+
+@pytest.mark.parametrize("estimator", ["exact", "predicted"])
+def test_estimators_over_classes_refuse_labels_that_are_no_classes(estimator):
+    data, params = data_and_params()
+    task = LINEAR._replace(sample_label=lambda outputs, key: outputs + 1.0)
+    with pytest.raises(ValueError, match=rf"{estimator}.*labels of dtype float32"):
+        fisher(params, [data], task, estimator)
 
 
 def test_an_unknown_estimator_and_no_data_are_refused():
