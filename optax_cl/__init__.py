@@ -12,9 +12,12 @@ from optax_cl._core.tasks import describe as describe
 from optax_cl._core.tasks import end_task as end_task
 from optax_cl._core.tasks import grow as grow
 from optax_cl._core.tasks import map_states as map_states
+from optax_cl._core.tasks import regression as regression
 from optax_cl._core.tasks import reset_state as reset_state
 from optax_cl.penalties import ewc as ewc
 from optax_cl.penalties import ewc_loss as ewc_loss
+from optax_cl.penalties import ewc_proximal as ewc_proximal
+from optax_cl.penalties import rescale_by_importance as rescale_by_importance
 from optax_cl.projections import agem as agem
 from optax_cl.replay import mix_replay as mix_replay
 from optax_cl.replay import reservoir_add as reservoir_add

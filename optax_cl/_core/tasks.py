@@ -85,6 +85,44 @@ def classification(
     )
 
 
+def regression(
+    predictions: Callable[[Any, Any], chex.Array],
+    targets: Callable[[Any], chex.Array],
+) -> Task:
+    r"""A ``Task`` for least squares: a Gaussian likelihood of unit variance.
+
+    The loss of an example is :math:`\frac12 \|f(x) - y\|^2`, so that the Fisher of
+    ``log_prob`` is its Gauss-Newton matrix. Scaling the loss scales the curvature.
+
+    Args:
+      predictions: ``(params, batch) -> [B, ...]``, in evaluation mode.
+      targets: ``batch -> [B, ...]``.
+
+    Returns:
+      A ``Task``. Build it once and keep it, as with ``classification``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_cl
+      >>> task = optax_cl.regression(lambda w, batch: batch[0] @ w, lambda b: b[1])
+      >>> print(task.loss(jnp.zeros((2, 1)), (jnp.eye(2), jnp.array([[2.0], [0.0]]))))
+      [2. 0.]
+    """
+
+    def log_prob(params, batch, values):
+        error = (predictions(params, batch) - values).astype(jnp.float32)
+        return -0.5 * (error.reshape(error.shape[0], -1) ** 2).sum(axis=1)
+
+    def sample(outputs, key):
+        return outputs + jax.random.normal(key, outputs.shape, outputs.dtype)
+
+    return Task(
+        loss=lambda params, batch: -log_prob(params, batch, targets(batch)),
+        outputs=predictions,
+        log_prob=log_prob,
+        sample_label=sample,
+    )
+
+
 def require(task: Task, name: str, method: str) -> Callable[..., Any]:
     """The function ``name`` of ``task``, or an error naming who needs it."""
     function = getattr(task, name)

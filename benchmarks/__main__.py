@@ -1,0 +1,308 @@
+"""``python -m benchmarks``: every row of the speed table, as ratios with spread.
+
+Rows are budgets: a ratio of two compiled programs timed in turn in one process. Beside
+it stand XLA's own counts, which do not depend on the machine's mood.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_cl
+from benchmarks import timing
+from experiments.models import byte_lm
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    ratio: str
+    budget: str
+    met: bool | None
+    note: str
+
+
+def tree_of(shapes: list[tuple[int, ...]], seed: int) -> dict[str, jax.Array]:
+    """Normal arrays of the given shapes."""
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {
+        f"layer_{i}": {"kernel": 0.02 * jax.random.normal(k, s)}
+        for i, (k, s) in enumerate(zip(keys, shapes, strict=True))
+    }
+
+
+def optimizer_step(tx, params, **extra) -> timing.Step:
+    """A step of an optimizer alone: update and apply, gradients given."""
+    tx = optax.with_extra_args_support(tx)
+    grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
+
+    def step(carry, grads, extra):
+        params, state = carry
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.array, params)
+    return timing.compile_step(step, (params, tx.init(params)), grads, extra)
+
+
+def with_memory(tx, state, params, seed=0):
+    """The state as after a boundary: random orthonormal bases, anchors, curvature."""
+
+    def fill(s):
+        bases = jax.tree.map(
+            lambda u: jnp.linalg.qr(jax.random.normal(jax.random.key(seed), u.shape))[
+                0
+            ],
+            s.basis,
+        )
+        ones = lambda t: None if t is None else jax.tree.map(jnp.ones_like, t)  # noqa: E731
+        return s._replace(
+            basis=bases, energy=ones(s.energy), curvature=ones(s.curvature)
+        )
+
+    return optax_cl.map_states(fill, state, optax_cl.routing.ProtectState)
+
+
+def moment_rows(pairs: int, million: float) -> list[Row]:
+    """Rows over one tree of ``million`` parameters (in units of a million)."""
+    side = 1024
+    n = max(1, round(million * 1e6 / side**2))
+    params = tree_of([(side, side)] * n, 0)
+    reference = jax.tree.map(lambda p: -p, params)
+    adam = lambda: optimizer_step(optax.adam(1e-3), params)  # noqa: E731
+    rate = optax.scale_by_learning_rate(1e-3)
+    decoupled = optax_cl.scale_by_decoupled_adam
+    band = timing.bandwidth()
+    rows = []
+
+    def add(what, budget, tx, **extra):
+        step = optimizer_step(tx, params, **extra)
+        ratio = timing.compare(step, adam(), pairs=pairs)
+        rows.append(_row(what, ratio, budget, step.counts, band))
+
+    add("decoupled Adam / optax.adam", 1.05, optax_cl.chain(decoupled(), rate))
+    add(
+        "A-GEM + decoupled Adam / optax.adam",
+        1.5,
+        optax_cl.chain(optax_cl.agem(), decoupled(), rate),
+        reference_updates=reference,
+    )
+    add(
+        "EWC + decoupled Adam / optax.adam",
+        1.6,
+        optax_cl.chain(optax_cl.ewc(1.0), decoupled(), rate),
+    )
+    return rows
+
+
+def attenuation_row(pairs: int) -> Row:
+    """`balance` over constant strength, rank 32, 16 matrices of 1024 x 1024."""
+    params = tree_of([(1024, 1024)] * 16, 1)
+
+    def make(rule):
+        tx = optax.chain(
+            optax_cl.protect(
+                32, optax_cl.attenuate(rule), optax_cl.scale_by_decoupled_adam()
+            ),
+            optax.scale_by_learning_rate(1e-3),
+        )
+        state = with_memory(tx, tx.init(params), params)
+        grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
+
+        def step(carry, grads):
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        copied = jax.tree.map(jnp.array, params)
+        return timing.compile_step(step, (copied, state), grads)
+
+    balance, constant = make(optax_cl.balance()), make(0.5)
+    plain = optimizer_step(optax.adam(1e-3), params)
+    ratio = timing.compare(balance, constant, pairs=pairs)
+    bare = timing.compare(make(0.5), plain, pairs=max(3, pairs // 2))
+    row = _row("balance / constant attenuation", ratio, 1.3, balance.counts, None)
+    return row._replace(
+        note=row.note + f"; constant itself {bare.median:.2f} times bare Adam"
+    )
+
+
+def training_row(pairs: int) -> Row:
+    """A whole step of a small transformer over 1,000 tokens."""
+    config = byte_lm.ByteLMConfig(
+        layers=4, width=256, heads=4, hidden=1024, context=125
+    )
+    model = byte_lm.byte_lm(config)
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (8, 126), 0, 256)
+
+    def loss(params, tokens):
+        logits = model.apply(params, tokens[:, :-1])
+        return byte_lm.next_byte_loss(logits, tokens[:, 1:])
+
+    def make(tx, memory):
+        state = tx.init(params)
+        if memory:
+            state = with_memory(tx, state, params)
+
+        def step(carry, tokens):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params, tokens), state, params)
+            return optax.apply_updates(params, updates), state
+
+        copied = jax.tree.map(jnp.array, params)
+        return timing.compile_step(step, (copied, state), tokens)
+
+    rate = optax.scale_by_learning_rate(1e-3)
+    protected = optax.chain(
+        optax_cl.protect(
+            32,
+            optax_cl.attenuate(),
+            optax_cl.scale_by_decoupled_adam(),
+            matrices=optax_cl.matrix_views(skip="tokens|positions"),
+        ),
+        rate,
+    )
+    plain = optax.chain(optax.scale_by_adam(), rate)
+    step = make(protected, True)
+    ratio = timing.compare(step, make(plain, False), pairs=pairs)
+    return _row(
+        "training step with / without attenuation", ratio, 1.15, step.counts, None
+    )
+
+
+def compile_row(repeats: int) -> Row:
+    """Time to trace and compile a chain of three methods over 200 leaves."""
+    params = tree_of([(16, 16)] * 200, 2)
+    reference = params
+
+    def seconds(tx, **extra):
+        tx = optax.with_extra_args_support(tx)
+        state = tx.init(params)
+
+        def step(grads, state, params, extra):
+            updates, state = tx.update(grads, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        jax.clear_caches()
+        start = time.perf_counter()
+        jax.jit(step).lower(params, state, params, extra).compile()
+        return time.perf_counter() - start
+
+    three = optax_cl.decoupled_adamw(
+        1e-3, modifiers=[optax_cl.ewc(1.0), optax_cl.agem()], weight_decay=1e-4
+    )
+    ratios = []
+    for _ in range(repeats):
+        ours = seconds(three, reference_updates=reference)
+        ratios.append(ours / seconds(optax.adamw(1e-3)))
+    low, median, high = np.percentile(ratios, [25, 50, 75])
+    return Row(
+        "compile time, three methods over 200 leaves / optax.adamw",
+        f"{median:.2f} [{low:.2f}, {high:.2f}]",
+        "<= 2.5",
+        bool(median <= 2.5),
+        "EWC, A-GEM, decoupled AdamW",
+    )
+
+
+def recompilation_row() -> Row:
+    """Compilations of the train step after its first, over 20 tasks."""
+    task = optax_cl.classification(lambda w, b: b[0] @ w["w"], lambda b: b[1])
+    tx = optax.chain(
+        optax_cl.protect(
+            4,
+            optax_cl.attenuate(),
+            optax_cl.ewc(1.0),
+            optax_cl.agem(decay=0.5),
+            optax_cl.scale_by_decoupled_adam(),
+        ),
+        optax.scale_by_learning_rate(1e-2),
+    )
+    params = {"w": jnp.zeros((8, 4))}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, batch):
+        grads = jax.grad(lambda p: task.loss(p, batch).mean())(params)
+        updates, state = tx.update(grads, state, params, reference_updates=grads)
+        return optax.apply_updates(params, updates), state
+
+    boundary = jax.jit(optax_cl.end_task)
+    for t in range(20):
+        key = jax.random.key(t)
+        batch = (jax.random.normal(key, (16, 8)), jax.random.randint(key, (16,), 0, 4))
+        for _ in range(2):
+            params, state = step(params, state, batch)
+        stats = optax_cl.collect(state, params, [batch], task=task, key=key)
+        state = optax_cl.begin_task(boundary(state, params, stats), params)
+    extra = step._cache_size() - 1 + boundary._cache_size() - 1
+    return Row(
+        "recompilations after the first step, 20 tasks", str(extra), "0", extra == 0, ""
+    )
+
+
+def _row(what, ratio, budget, counts, band) -> Row:
+    note = (
+        f"{ratio.seconds * 1e3:.1f} ms against {ratio.base_seconds * 1e3:.1f}; XLA: "
+        f"{counts.gflops:.2f} GFLOP, {counts.gigabytes:.2f} GB, "
+        f"{counts.temporary:.0f} MB temporary"
+    )
+    if band is not None:
+        share = counts.gigabytes * 1e9 / ratio.seconds / band
+        note += f"; {share:.0%} of a copy's bandwidth"
+    return Row(
+        what,
+        f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+        f"<= {budget:g}",
+        ratio.median <= budget,
+        note,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; the exit code says whether every budget is met."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=30, help="timed pairs a row")
+    parser.add_argument(
+        "--million", type=float, default=20.0, help="parameters of the moment rows"
+    )
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    args = parser.parse_args(argv)
+    if args.pairs < 1 or args.million <= 0:
+        parser.error("--pairs and --million must be positive")
+    suites: list[tuple[str, Callable[[], list[Row]]]] = [
+        ("moments", lambda: moment_rows(args.pairs, args.million)),
+        ("attenuation", lambda: [attenuation_row(args.pairs)]),
+        ("training", lambda: [training_row(args.pairs)]),
+        ("compile", lambda: [compile_row(5)]),
+        ("recompilations", lambda: [recompilation_row()]),
+    ]
+    chosen = [run for name, run in suites if args.only in name]
+    if not chosen:
+        parser.error(f"--only {args.only!r} matches none of {[n for n, _ in suites]}")
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    print(f"jax {jax.__version__}, {kind}, {count} device(s)")
+    print(
+        "| what | ratio, median [quartiles] | budget | met | |\n|---|---|---|---|---|"
+    )
+    failed = False
+    for run in chosen:
+        for row in run():
+            met = {True: "yes", False: "NO", None: ""}[row.met]
+            print(f"| {row.what} | {row.ratio} | {row.budget} | {met} | {row.note} |")
+            sys.stdout.flush()
+            failed |= row.met is False
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
