@@ -1,15 +1,26 @@
 """Meters: links that change nothing and note a number in the optimizer state."""
 
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, linalg, subspaces, trees
+from optax_cl._core import checks, linalg, subspaces, tasks, trees
 from optax_cl._core.matrices import to_matrix
 from optax_cl.routing import _capture, _protect
+
+
+class ShadowMomentState(NamedTuple):
+    """A second moment that reads the raw gradient, whatever the optimizer's reads."""
+
+    raw_nu: optax.Updates  # like params
+
+
+# It is corrected by the optimizer's count, so it must be reset together with it.
+tasks.register_moments(ShadowMomentState, (), ("raw_nu",))
 
 QUANTITIES = ("overlap", "strength", "leak", "cosine")
 
@@ -122,7 +133,7 @@ def measure_gain(
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state
-      ``{name: float32 [], "shadow": tree like params, "inner": inner's state}``. The
+      ``{name: float32 [], "shadow": ShadowMomentState, "inner": inner's state}``. The
       number is 1 before the first boundary.
 
     Raises:
@@ -154,7 +165,7 @@ def measure_gain(
             )
         return {
             name: jnp.ones([], jnp.float32),
-            "shadow": optax.tree.zeros_like(params),
+            "shadow": ShadowMomentState(optax.tree.zeros_like(params)),
             "inner": inner_state,
         }
 
@@ -163,7 +174,8 @@ def measure_gain(
     ):
         space = _protect.require_basis("measure_gain", basis)
         raw = _capture.require_raw("measure_gain", raw_updates, updates)
-        shadow = optax.tree.update_moment_per_elem_norm(raw, state["shadow"], b2, 2)
+        old = state["shadow"].raw_nu
+        shadow = optax.tree.update_moment_per_elem_norm(raw, old, b2, 2)
         updates, inner_state = inner.update(
             updates, state["inner"], params, basis=basis, raw_updates=raw, **extra_args
         )
@@ -176,7 +188,7 @@ def measure_gain(
         )
         return updates, {
             name: ratio,
-            "shadow": optax.tree.cast_like(shadow, state["shadow"]),
+            "shadow": ShadowMomentState(optax.tree.cast_like(shadow, old)),
             "inner": inner_state,
         }
 
