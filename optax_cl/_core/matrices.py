@@ -59,7 +59,8 @@ class KernelViews:
                 )
             if self.embeddings == "skip":
                 return None
-            return MatrixView(fan_in=(len(shape) - 1,), fan_out=(0,))
+            last = len(shape) - 1
+            return MatrixView(fan_in=(last,), fan_out=tuple(range(last)))
         stacked = self.stacked is not None and re.search(self.stacked, path)
         axes = tuple(range(1 if stacked else 0, len(shape)))
         if len(axes) < 2:

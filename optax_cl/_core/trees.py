@@ -46,13 +46,31 @@ def align(name: str, tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTr
 def align_structure(
     name: str, tree: chex.ArrayTree, like: chex.ArrayTree
 ) -> chex.ArrayTree:
-    """As ``align``, but leaves of ``tree`` may be anything (a basis, an importance)."""
+    """As ``align``, but leaves of ``tree`` may be anything (a basis, an importance).
+
+    A mask that is a prefix of the parameters hides a subtree by one node: such a hole
+    in ``tree`` is spread over the leaves that ``like`` has there.
+    """
+    holes = {
+        path
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+        if is_masked(node)
+    }
+
+    def pick(path, ref, node):
+        if is_hole(ref):
+            return ref
+        if path in holes:
+            return jax.tree.map(lambda _: node, ref)
+        return node
+
     try:
-        return jax.tree.map(
-            lambda ref, node: ref if is_hole(ref) else node,
+        return jax.tree_util.tree_map_with_path(
+            pick,
             like,
             tree,
-            is_leaf=is_hole,
+            is_leaf=lambda path, ref: is_hole(ref) or path in holes,
+            is_leaf_takes_path=True,
         )
     except (ValueError, TypeError) as error:
         raise ValueError(

@@ -203,5 +203,5 @@ def test_gain_meter_names_what_is_missing():
         optax_cl.measure_gain(optax.sgd(0.1)).init(jnp.zeros(2))
     tx = optax_cl.chain(optax_cl.measure_gain(adam))
     g = jnp.zeros((2, 2))
-    with pytest.raises(TypeError, match="`measure_gain`.*protect"):
+    with pytest.raises(TypeError, match=r"`measure_gain`.*protect"):
         tx.update(g, tx.init(g))
