@@ -198,6 +198,12 @@ def make_devices(count: int | None) -> None:
         if not forced:
             cores = len(os.sched_getaffinity(0))
             jax.config.update("jax_num_cpu_devices", count or cores)
+            # XLA sizes the pool of threads that all devices share by this variable. In
+            # jaxlib 0.10 a batched decomposition (SVD, QR, ...) holds one of them while
+            # it waits for others, so a pool of one thread per core can wait for itself
+            # for ever. Spare threads sleep. The size also decides how sums are split,
+            # and so the last bits: hence a fixed number rather than the user's.
+            os.environ["NPROC"] = str(max(64, 2 * cores))
     except RuntimeError:
         # JAX has its devices already, as in a program that calls `main`.
         forced = True

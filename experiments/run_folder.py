@@ -227,6 +227,8 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     return {
         "versions": versions,
+        # What XLA sized its threads by; it can move the last bits (see `cli`).
+        "threads": os.environ.get("NPROC", "default"),
         "platform": jax.default_backend(),
         "device_count": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
@@ -323,7 +325,9 @@ def open_run(folder: Path, study: str, config: Any) -> list[str]:
             f"--out, or go on with that run: `resume {folder}`."
         )
     check_devices(folder, there, here)
-    old, new = there.get("versions", {}), here["versions"]
+    old, new = (
+        {**x.get("versions", {}), "threads": x.get("threads")} for x in (there, here)
+    )
     return [
         f"{phrase}; results may differ in the last bits from an uninterrupted run"
         for phrase in differences(old, new)
