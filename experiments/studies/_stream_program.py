@@ -48,7 +48,8 @@ class Settings(NamedTuple):
       steps: Training steps per domain.
       batch: Windows per batch; a replay batch has as many.
       memory: Windows of each finished domain that replay may keep.
-      collect_batches: Batches from which statistics are taken at a boundary.
+      collect_batches: Batches from which statistics are taken at a boundary, each of
+        twice the windows of a training batch.
     """
 
     model: byte_lm.ByteLMConfig
@@ -215,7 +216,7 @@ def make_program(family: Family, settings: Settings) -> Program:
             # As many as the buffer has places for each task: none is ever replaced.
             buffer = replay.reservoir_add(buffer, stored, key)
         keys = jax.random.split(_key(lane, _COLLECT, task), 2)
-        count = settings.batch * settings.collect_batches
+        count = 2 * settings.batch * settings.collect_batches
         windows = draw(data, lane, task, keys[0], count)
         statistics = optax_cl.collect(
             opt_state,

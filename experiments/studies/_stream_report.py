@@ -260,7 +260,11 @@ def _difference_figure(results: dict[str, ArmResults]) -> Figure:
 def _gap_figure(results: dict[str, ArmResults]) -> Figure:
     figure, axes = figures.new(width=8.0, height=4.4)
     at = axes[0, 0]
-    shown = [n for n in results if results[n].arm.learning_rate == 1][:_SHOWN]
+    tasks = results["vanilla"].matrix.shape[-1]
+    usual = [n for n, r in results.items() if r.arm.learning_rate == 1]
+    # Replay and joint training stand last in the list but say most here.
+    usual.sort(key=lambda n: not n.startswith(("vanilla", "replay", "joint")))
+    shown = usual[:_SHOWN]
     series = {}
     for name in shown:
         mean, error = figures.mean_and_error(results[name].curves["first_domain"])
@@ -271,8 +275,10 @@ def _gap_figure(results: dict[str, ArmResults]) -> Figure:
         x="training step",
         y="loss on the first domain (nats per byte)",
     )
-    tasks = results["vanilla"].matrix.shape[-1]
     steps = len(next(iter(series.values()))[0]) // tasks
+    # The fall from a random model would flatten everything that follows.
+    high = max((mean + error)[steps // 4 :].max() for _, mean, error in series.values())
+    at.set_ylim(top=1.02 * high)
     for switch in range(1, tasks):
         at.axvline(switch * steps, color="#bbbbbb", linewidth=0.8, zorder=0)
     return Figure(

@@ -59,6 +59,15 @@ class ArmResults(NamedTuple):
         curve = self.curves[name]
         return curve[:, curve.shape[1] // self.matrix.shape[-1] :].mean(-1)
 
+    def settled(self, name: str) -> np.ndarray:
+        """Mean of a meter over the steps of the last domain, ``[S]``.
+
+        Adam's state is carried, so what a routing does to the second moment takes
+        several times ``1 / (1 - b2)`` steps to show in full.
+        """
+        curve = self.curves[name]
+        return curve[:, -(curve.shape[1] // self.matrix.shape[-1]) :].mean(-1)
+
 
 def load(folder: Path, arms: Sequence[Arm]) -> dict[str, ArmResults]:
     """Reads the raw arrays of a run folder.

@@ -55,6 +55,7 @@ SIZES = {
     "full": Size(byte_lm.FULL, 32, 10_000, 3e-4, b2=0.999, rank=64),
 }
 _CHUNKS_PER_TASK = 5
+_COLLECT_BATCHES = 16  # Each of twice the windows of a training batch.
 _EVALUATED_WINDOWS = 256
 _PROBE_WINDOWS = 16
 
@@ -104,7 +105,14 @@ def check(config: Config) -> None:
             f"`--domains` must be 0 or from 2 to {len(stream.names)}, the number of "
             f"domains of {config.stream!r}; got {config.domains}."
         )
-    context = SIZES[config.size].model.context
+    model = SIZES[config.size].model
+    narrowest = min(model.width, model.hidden)
+    if config.rank > narrowest:
+        raise ValueError(
+            f"`--rank` {config.rank} is larger than {narrowest}, the smallest fan-in "
+            f"of the model's kernels."
+        )
+    context = model.context
     for name, text in zip(stream.names, stream.heldout, strict=True):
         if len(text) <= context:
             raise ValueError(
@@ -181,7 +189,7 @@ def _settings(config, stream, tasks):
         steps=config.steps or size.steps,
         batch=config.batch or size.batch,
         memory=max(1, round(config.buffer * mean_length / (size.model.context + 1))),
-        collect_batches=32,
+        collect_batches=_COLLECT_BATCHES,
     )
 
 
