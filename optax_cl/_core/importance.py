@@ -49,14 +49,14 @@ class Rules:
 class ImportanceMemory(NamedTuple):
     """Importances and anchors of past tasks; see the module."""
 
+    # Optax's type of a state is a tree of arrays: None and static nodes need `Any`.
     tasks: chex.Array  # int32 [], tasks consolidated
     stored: chex.Array  # int32 [], entries in use of the banks ("separate")
     importance: chex.ArrayTree  # like params, float32, >= 0; "separate": [K, ...]
-    anchor: chex.ArrayTree | None  # like params, float32; "separate": [K, ...]
+    anchor: Any  # like params, float32; "separate": [K, ...]; None without anchors
     offset: chex.Array  # float32 [], value of the penalty lost by merging, times two
     decay: chex.Array  # float32 [], factor on what is there already (1 for "sum")
-    # Optax's type of a state is a tree of arrays; a static node needs `Any` in it.
-    rules: Any  # Rules
+    rules: Any  # Rules, static
 
 
 class EwcState(NamedTuple):
@@ -122,13 +122,16 @@ def init(
     params: chex.ArrayTree, rules: Rules, decay: chex.Numeric | None
 ) -> ImportanceMemory:
     """An empty memory for ``params``; leaves that are not floating point have none."""
-    bank = () if rules.capacity is None else (rules.capacity,)
 
     def zeros(p):
         dtype = jnp.result_type(p)
         if not jnp.issubdtype(dtype, jnp.inexact):
             return optax.MaskedNode()
-        return jnp.zeros(bank + jnp.shape(p), trees.importance_dtype(dtype))
+        # Made out of p, and so sharded as p is.
+        like = jnp.zeros_like(p, dtype=trees.importance_dtype(dtype))
+        if rules.capacity is None:
+            return like
+        return jnp.broadcast_to(like[None], (rules.capacity, *like.shape))
 
     return ImportanceMemory(
         tasks=jnp.zeros([], jnp.int32),

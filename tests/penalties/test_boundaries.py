@@ -23,13 +23,12 @@ PARAMS = {
 KEY = jax.random.key(0)
 METHODS = {
     "ewc": lambda: ewc(2.0),
-    "ewc separate": lambda: ewc(
+    "ewc banks": lambda: ewc(
         2.0, anchors="separate", capacity=2, overflow="merge", estimator="empirical"
     ),
-    "ewc online": lambda: ewc(
-        2.0, anchors="latest", accumulate="decay", decay=0.9, estimator="sampled"
+    "ewc_proximal": lambda: ewc_proximal(
+        0.1, 2.0, anchors="latest", accumulate="decay", decay=0.9, estimator="sampled"
     ),
-    "ewc_proximal": lambda: ewc_proximal(0.1, 2.0),
     "rescale_by_importance": lambda: rescale_by_importance(0.5),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -248,3 +247,39 @@ def test_memory_does_not_grow_with_the_tasks():
     numbers = sum(p.size for p in jax.tree.leaves(PARAMS))
     assert len(sizes) == 1
     assert sizes.pop() == pytest.approx(2 * 4 * numbers, abs=32)
+
+
+@every_method
+def test_sharded_parameters_and_data_give_the_result_of_one_device(name):
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(auto, auto))
+
+    def sharded(*axes):
+        return jax.NamedSharding(mesh, jax.P(*axes))
+
+    def place(tree, *axes):
+        return jax.device_put(tree, sharded(*axes))
+
+    tx = METHODS[name]()
+    params = {
+        "u": place(PARAMS["u"], "model"),
+        "c": place(PARAMS["c"]),
+        "w": place(PARAMS["w"]),
+    }
+    state = tx.init(params)
+    stored = state.memory.importance["u"].sharding.spec
+    assert stored == jax.P(*(None,) * (name == "ewc banks"), "model")
+    batches = data(0)[:2]
+    alone, spread = (
+        tasks.collect(s, p, b, task=TASK, key=KEY)
+        for s, p, b in (
+            (tx.init(PARAMS), PARAMS, batches),
+            (state, params, [place(b, "data") for b in batches]),
+        )
+    )
+    chex.assert_trees_all_close(spread.results, alone.results, rtol=1e-4, atol=1e-7)
+    state = tasks.end_task(state, params, spread)
+    got, _ = jax.jit(tx.update)(grads_at(params), state, moved(params))
+    single = tasks.end_task(tx.init(PARAMS), PARAMS, alone)
+    expected, _ = tx.update(grads_at(PARAMS), single, moved(PARAMS))
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
