@@ -11,6 +11,7 @@ it or nothing. On restore every file is held against the manifest; the newest ch
 that is whole and belongs to this very run is used.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -169,3 +170,5 @@ def restore(
 def drop(root: Path) -> None:
     """Removes a finished program's checkpoints."""
     shutil.rmtree(root, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other programs' are still in it
+        root.parent.rmdir()

@@ -8,10 +8,6 @@ import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,19 +24,23 @@ OKABE_ITO = (
 )
 _MARKERS = "osD^vP*X"
 _DASHES = ("-", "--", "-.", ":")
-_STYLE = {
-    "figure.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "font.size": 10,
-    "legend.frameon": False,
-    "svg.hashsalt": "optax_cl",
-    "svg.fonttype": "path",
-}
+# A study's process draws nothing else, so the settings hold for all of it. `Figure` is
+# used without pyplot: nothing needs a screen, and nothing is kept alive.
+matplotlib.rcParams.update(
+    {
+        "figure.facecolor": "white",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#dddddd",
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "font.size": 10,
+        "legend.frameon": False,
+        "svg.hashsalt": "optax_cl",
+        "svg.fonttype": "path",
+    }
+)
 
 
 def style(index: int) -> dict[str, str]:
@@ -60,9 +60,8 @@ def new(
     Returns:
       The figure and its axes as an array ``[rows, columns]``.
     """
-    with plt.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def label(axes: Axes, x: str, y: str, title: str = "") -> None:
@@ -229,14 +228,12 @@ def heat_map(
 def to_svg(figure: Figure) -> bytes:
     """The figure as SVG, the same bytes each time."""
     buffer = io.BytesIO()
-    with plt.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
 def to_png(figure: Figure) -> bytes:
     """The figure as PNG, the same bytes each time."""
     buffer = io.BytesIO()
-    with plt.rc_context(_STYLE):
-        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()

@@ -113,7 +113,8 @@ def _markdown_tables(report: Report) -> dict[str, str]:
 
 def to_markdown(report: Report) -> str:
     """The summary and all tables, for a terminal."""
-    return "\n".join(filter(None, [report.summary, *_markdown_tables(report).values()]))
+    parts = [report.summary, *_markdown_tables(report).values()]
+    return "\n".join(part for part in parts if part)
 
 
 def to_html(report: Report, pictures: dict[str, str], config: dict[str, Any]) -> str:

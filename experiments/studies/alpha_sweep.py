@@ -584,8 +584,10 @@ def _eps_switch_figure(parts: dict, b2: float) -> Any:
         [case] = [c for c in parts["switch"] if c["strength"] == a and c["q"] == 1]
         times, mean, se, law = _switch_curve(case, b2)
         constants = times * (1 - b2)
-        right.plot(constants, law, color=look["color"], linestyle="--", linewidth=1.0)
-        right.plot(constants, mean, color=look["color"], label=f"a = {a:g}")
+        right.plot(
+            constants, mean, color=look["color"], linewidth=3, label=f"a = {a:g}"
+        )
+        right.plot(constants, law, color="black", linestyle="--", linewidth=0.9)
         right.fill_between(
             constants, mean - se, mean + se, color=look["color"], alpha=0.25, lw=0
         )
