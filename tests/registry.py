@@ -1,0 +1,268 @@
+"""Every public transformation, as an optimizer that the contract can be held to.
+
+``ENTRIES`` maps a name to an ``Entry``; ``ewc[separate]`` is another setting of
+``ewc``. A new transformation gets its row here, or ``tests/test_contract.py`` fails.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_cl
+from optax_cl import penalties, testing
+
+Schedulable = optax.ScalarOrSchedule
+
+
+class Entry(NamedTuple):
+    """How the contract runs a transformation.
+
+    Attributes:
+      make: Makes an optimizer around the transformation. Its arguments are the
+        hyper-parameters under their public names, with an example for default.
+      links: Its links, without a capture; None for what captures by itself.
+      extra_args: ``updates -> extra arguments``.
+      agreeing: The same where memory should agree with the objective.
+      converges: Whether it is meant to find a minimum within the suite's steps.
+    """
+
+    make: Callable[..., optax.GradientTransformationExtraArgs]
+    links: Callable[..., tuple[optax.GradientTransformation, ...]] | None = None
+    extra_args: Callable[[Any], dict[str, Any]] = testing.no_extra_args
+    agreeing: Callable[[Any], dict[str, Any]] | None = None
+    converges: bool = True
+
+
+def params() -> dict[str, Any]:
+    """Parameters small enough that hundreds of compilations are quick."""
+    return {
+        "dense": {
+            "bias": jnp.array([0.1, -0.2, 0.3]),
+            "kernel": jnp.arange(12.0).reshape(4, 3) / 10 - 0.5,
+        },
+        "scale": jnp.array([0.5, -0.5]),
+    }
+
+
+def _reference(updates):
+    return {"reference_updates": jax.tree.map(lambda g: 0.2 - 0.5 * g, updates)}
+
+
+def _same_reference(updates):
+    return {"reference_updates": updates}
+
+
+def _replay(updates):
+    return {"replay_updates": jax.tree.map(lambda g: 0.7 * g, updates)}
+
+
+LR = 0.05
+
+
+def _descend(*links):
+    return (*links, optax_cl.scale_by_decoupled_adam(), optax.scale(-LR))
+
+
+def _captured(links):
+    """An optimizer whose arguments are those of its links."""
+
+    def make(*args, **kwargs):
+        return optax_cl.chain(*links(*args, **kwargs))
+
+    # `inject_hyperparams` and the check of schedules read the signature.
+    make.__wrapped__ = links
+    return Entry(make, links)
+
+
+def _adam(b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
+    adam = optax_cl.scale_by_decoupled_adam(b1, b2, eps, eps_root)
+    return optax.scale(0.5), adam, optax.scale(-LR)
+
+
+def _adam_raw(b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
+    adam = optax_cl.scale_by_decoupled_adam(
+        b1, b2, eps, eps_root, nesterov=True, first_moment="raw", second_moment="raw"
+    )
+    return optax.scale(0.5), adam, optax.scale(-LR)
+
+
+def _amsgrad(b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
+    amsgrad = optax_cl.scale_by_decoupled_amsgrad(b1, b2, eps, eps_root)
+    return optax.scale(0.5), amsgrad, optax.scale(-10 * LR)
+
+
+def _factored(decay_rate=0.8, epsilon=1e-30):
+    rms = optax_cl.scale_by_decoupled_factored_rms(
+        decay_rate, epsilon, min_dim_size_to_factor=3
+    )
+    # Steps of a constant length never settle.
+    decreasing = optax.linear_schedule(-LR, 0.0, 3000)
+    return optax.scale(0.5), rms, optax.ema(0.9), optax.scale_by_schedule(decreasing)
+
+
+def _ewc(strength: Schedulable = 3.0):
+    return _descend(optax_cl.ewc(strength))
+
+
+def _ewc_separate(strength: Schedulable = 3.0, decay=0.7):
+    ewc = optax_cl.ewc(
+        strength, anchors="separate", capacity=3, accumulate="decay", decay=decay
+    )
+    return _descend(ewc)
+
+
+def _ewc_proximal(learning_rate: Schedulable = LR, strength: Schedulable = 3.0):
+    adam = optax_cl.scale_by_decoupled_adam()
+    descend = optax.scale_by_learning_rate(learning_rate)
+    return adam, descend, penalties.ewc_proximal(learning_rate, strength)
+
+
+def _rescale(strength: Schedulable = 0.5):
+    return _descend(penalties.rescale_by_importance(strength))
+
+
+def _agem():
+    return _descend(optax_cl.agem())
+
+
+def _agem_decay(decay=0.5):
+    return _descend(optax_cl.agem(decay=decay, granularity="leaf"))
+
+
+def _mix_replay(rho: Schedulable = 0.25):
+    return _descend(optax_cl.mix_replay(rho))
+
+
+def _protect_links(threshold=0.9, mean_decay=0.8):
+    links = (optax_cl.attenuate(0.5), optax_cl.scale_by_decoupled_adam())
+    return (
+        optax_cl.protect(2, *links, threshold=threshold, mean_decay=mean_decay),
+        optax.scale(-LR),
+    )
+
+
+def _attenuate(strength: Schedulable = 0.5):
+    rule = optax_cl.constant(strength)
+    inside = optax_cl.attenuate(rule, weighted=True), optax_cl.scale_by_decoupled_adam()
+    return optax_cl.protect(2, *inside), optax.scale(-LR)
+
+
+def _attenuate_with(rule):
+    adam = optax_cl.scale_by_decoupled_adam()
+    return optax_cl.protect(2, optax_cl.attenuate(rule), adam), optax.scale(-LR)
+
+
+def _balance(kappa=2.0):
+    return _attenuate_with(optax_cl.balance(kappa))
+
+
+def _spring(kappa=2.0):
+    return _attenuate_with(optax_cl.spring(kappa))
+
+
+def _ratchet(strength=0.75):
+    return _attenuate_with(optax_cl.ratchet(strength))
+
+
+def _one_minus(a_max=0.5, decay=0.9):
+    return _attenuate_with(optax_cl.one_minus(a_max, decay, per_leaf=True, debias=True))
+
+
+def _proportional(a_max=0.5, decay=0.9):
+    return _attenuate_with(optax_cl.proportional(a_max, decay))
+
+
+def _project():
+    inside = optax_cl.scale_by_decoupled_adam(), optax_cl.project()
+    return optax_cl.protect(1, *inside), optax.scale(-LR)
+
+
+def _measure():
+    inside = (
+        optax_cl.measure("overlap"),
+        optax_cl.attenuate(0.5),
+        optax_cl.measure("strength"),
+        optax_cl.scale_by_decoupled_adam(),
+        optax_cl.measure("cosine"),
+        optax_cl.measure("leak"),
+    )
+    return optax_cl.protect(1, *inside), optax.scale(-LR)
+
+
+def _measure_gain(b2=0.999, eps=1e-8, eps_root=0.0):
+    adam = optax_cl.scale_by_decoupled_adam(b2=b2, eps=eps, eps_root=eps_root)
+    gain = optax_cl.measure_gain(adam, b2=b2, eps=eps, eps_root=eps_root)
+    return optax_cl.protect(1, optax_cl.attenuate(0.5), gain), optax.scale(-LR)
+
+
+def _decoupled_adamw(
+    learning_rate: Schedulable = LR,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    weight_decay=1e-4,
+):
+    return optax_cl.decoupled_adamw(
+        learning_rate,
+        modifiers=[optax_cl.ewc(3.0)],
+        post=[optax.scale(0.9)],
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        weight_decay=weight_decay,
+    )
+
+
+def _capture_raw(b1=0.9):
+    return optax_cl.capture_raw(optax.chain(*_adam(b1)))
+
+
+def _multi_steps(b1=0.9):
+    return optax_cl.multi_steps(optax_cl.chain(*_adam(b1)), 1)
+
+
+# Entries of further settings that only the slow tests hold to the whole contract.
+SLOW = (
+    "attenuate[one_minus]",
+    "attenuate[proportional]",
+    "attenuate[ratchet]",
+    "attenuate[spring]",
+    "scale_by_decoupled_adam[raw]",
+)
+
+ENTRIES: dict[str, Entry] = {
+    "agem": _captured(_agem)._replace(extra_args=_reference, agreeing=_same_reference),
+    "agem[decay]": _captured(_agem_decay)._replace(
+        extra_args=_reference, agreeing=_same_reference
+    ),
+    "attenuate": _captured(_attenuate),
+    "attenuate[balance]": _captured(_balance),
+    "attenuate[one_minus]": _captured(_one_minus),
+    "attenuate[proportional]": _captured(_proportional),
+    "attenuate[ratchet]": _captured(_ratchet),
+    "attenuate[spring]": _captured(_spring),
+    "capture_raw": Entry(_capture_raw),
+    "chain": _captured(_mix_replay)._replace(extra_args=_replay),
+    "decoupled_adamw": Entry(_decoupled_adamw),
+    "ewc": _captured(_ewc),
+    "ewc[separate]": _captured(_ewc_separate),
+    "ewc_proximal": _captured(_ewc_proximal),
+    "measure": _captured(_measure)._replace(
+        extra_args=_reference, agreeing=_same_reference
+    ),
+    "measure_gain": _captured(_measure_gain),
+    "mix_replay": _captured(_mix_replay)._replace(extra_args=_replay),
+    "multi_steps": Entry(_multi_steps),
+    "project": _captured(_project),
+    "protect": _captured(_protect_links),
+    "rescale_by_importance": _captured(_rescale),
+    "scale_by_decoupled_adam": _captured(_adam),
+    "scale_by_decoupled_adam[raw]": _captured(_adam_raw),
+    "scale_by_decoupled_amsgrad": _captured(_amsgrad),
+    "scale_by_decoupled_factored_rms": _captured(_factored),
+}
