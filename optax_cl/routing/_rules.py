@@ -340,7 +340,8 @@ def _overlap_strength(strength, a_max, decay, per_leaf, debias):
             result = jax.tree.map(lambda c, m: (1 - strength(m)) * c, coeffs, mean)
         else:
             result = _scale(coeffs, 1 - strength(mean))
-        return result, new_state
+        # The overlap of float64 leaves is float64; the averages stay as they began.
+        return result, optax.tree.cast_like(new_state, state)
 
     return Rule(apply, frozenset({"overlap"}), init)
 
