@@ -81,7 +81,7 @@ def save(
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        orbax().save((building / "state").absolute(), snapshot.carry)
+        orbax().save(str((building / "state").absolute()), snapshot.carry)
         run_folder.save_arrays(building / "metrics.npz", snapshot.metrics)
         files = {
             str(p.relative_to(building)): [p.stat().st_size, _digest(p)]
@@ -156,7 +156,7 @@ def restore(
         if fault is None:
             # Whatever the reader stumbles over, an older checkpoint may be sound.
             try:
-                carry = orbax().load((folder / "state").absolute(), target)
+                carry = orbax().load(str((folder / "state").absolute()), target)
                 metrics = run_folder.load_arrays(folder / "metrics.npz")
             except Exception as error:
                 fault = f"it cannot be read ({type(error).__name__}: {error})"

@@ -65,7 +65,7 @@ def check(claims: Sequence[Claim]) -> None:
 def rows(claims: Sequence[Claim]) -> list[tuple[str, ...]]:
     """The table's cells as text, in the order of ``COLUMNS``."""
     check(claims)
-    table = []
+    table: list[tuple[str, ...]] = []
     for claim in claims:
         measured = claim.measured
         if measured is None:

@@ -164,10 +164,17 @@ def lines(
     """
     for i, (name, (at, mean, error)) in enumerate(series.items()):
         look = style(i)
-        if not markers:
-            look.pop("marker")
         mean, error = np.asarray(mean), np.asarray(error)
-        axes.plot(at, mean, label=name, linewidth=1.6, markersize=5, **look)
+        axes.plot(
+            at,
+            mean,
+            color=look["color"],
+            linestyle=look["linestyle"],
+            marker=look["marker"] if markers else "",
+            linewidth=1.6,
+            markersize=5,
+            label=name,
+        )
         if np.any(error > 0):
             axes.fill_between(
                 at, mean - error, mean + error, color=look["color"], alpha=0.2, lw=0
