@@ -39,10 +39,11 @@ class Snapshot(NamedTuple):
 
 def orbax():
     """Orbax, imported where used: listing the studies does not need it."""
-    # Its notices about a single process saving would drown the progress line.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     from orbax.checkpoint import v1
 
+    # Its notices would drown the progress line, and it logs the tracebacks of errors
+    # that it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     return v1
 
 

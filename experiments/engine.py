@@ -127,6 +127,7 @@ def run_program(
 
     finished = _finished(path, fingerprint, progress)
     if finished is not None:
+        checkpoints.drop(root)  # a kill may have come between the two
         progress.start(program.name, work, done=work)
         return finished
 

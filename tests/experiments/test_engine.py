@@ -161,14 +161,18 @@ def test_saved_file_holds_what_was_returned_and_has_no_time_in_it(tmp_path, whol
     assert not (tmp_path / "a" / "checkpoints" / "toy").exists()
 
 
-def test_finished_program_does_not_run_again(tmp_path, whole):
+def test_finished_program_does_not_run_again(tmp_path, whole, save_always):
+    interrupt(tmp_path / "early", 5)
     run(tmp_path)
+    # As if it had been killed before it could remove its checkpoints.
+    shutil.move(tmp_path / "early" / "checkpoints", tmp_path / "checkpoints")
 
     def never(*_):
         raise AssertionError("ran again")
 
     again = PROGRAM._replace(init=never, step=never)
     assert_same(run(tmp_path, program=again), whole)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("chunks", [1, 4, 8])
