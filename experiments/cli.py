@@ -357,7 +357,8 @@ class _One:
         self._element = element
         self._low = metadata.get("minimum")
         self._high = metadata.get("maximum")
-        self.metavar = {int: "N", float: "X", str: "NAME"}.get(element, "CHOICE")
+        choices = "{" + ",".join(map(str, typing.get_args(element))) + "}"
+        self.metavar = {int: "N", float: "X", str: "NAME"}.get(element, choices)
 
     def __call__(self, text: str) -> Any:
         try:

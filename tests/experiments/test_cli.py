@@ -133,6 +133,7 @@ def test_help_tells_default_and_quick_values(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "number of seeds (default: 3, quick: 2)" in text
     assert "learning rate (not in %)" in text
+    assert "--kind {map,vmap}" in text
 
 
 def test_flags_become_the_config(monkeypatch, tmp_path):
