@@ -68,6 +68,11 @@ def rotate_curvature(old_basis, new_basis, old, task):
 def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pass:
     """The pass that finds the merged basis of a task's batch gradients.
 
+    Each batch enters with the gradient of its *summed* loss, so that a ragged last
+    batch weighs as its items do; its mean over few items would be mostly noise, and
+    count as much as a full batch. A leaf whose gradients are all zero, or not finite,
+    keeps its basis.
+
     Its result is ``{"basis": U, "energy": e}`` for a state that has ``basis``,
     ``energy`` and ``threshold``; see ``protect``.
     """
@@ -94,14 +99,14 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
         return jax.tree.map(one, basis)
 
     def step(acc, data):
-        gradient, _ = batch_gradient(data, labels)
+        gradient, items = batch_gradient(data, labels)
         basis = trees.align_structure("basis", data.state.basis, gradient)
 
         def one(path, g, u, a):
             if trees.is_masked(u):
                 return u
             view = views(checks.path_str(path), g.shape)
-            matrix = to_matrix(g, view).astype(u.dtype)
+            matrix = items * to_matrix(g, view).astype(u.dtype)
             if svd == "exact":
                 product = linalg.gram(matrix)
             else:
@@ -122,19 +127,24 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
         def one(u, e, a):
             if memory == "last":
                 u, e = jnp.zeros_like(u), jnp.zeros_like(e)
-            trace = a["trace"][..., None, None]
-            normalised = a["sum"] / jnp.where(trace > 0, trace, 1.0)
+            usable = (a["trace"] > 0) & jnp.isfinite(a["trace"])
+            trace = jnp.where(usable, a["trace"], 1.0)[..., None, None]
+            normalised = jnp.where(usable[..., None, None], a["sum"] / trace, 0.0)
             if svd == "exact":
                 basis, energy = linalg.merge_gram(u, e, normalised)
             else:
                 factor = linalg.nystrom_factor(normalised, test_matrix(u))
                 basis, energy = linalg.merge_factor(u, e, factor)
-            total = jnp.sum(e, axis=-1) + (a["trace"] > 0)
+            total = jnp.sum(e, axis=-1) + 1.0
             basis, energy = linalg.keep_energy(basis, energy, total, state.threshold)
-            return {"basis": basis, "energy": energy}
+            return {
+                "basis": jnp.where(usable[..., None, None], basis, u),
+                "energy": jnp.where(usable[..., None], energy, e),
+            }
 
         # Leaves that this pass did not see (hidden by a mask) do not occur: a state's
-        # own mask decides which leaves it holds.
+        # own mask decides which leaves it holds, and how it writes that.
+        acc = trees.align_structure("accumulator", acc, state.basis)
         merged = jax.tree.map(one, state.basis, state.energy, acc)
         split = lambda name: jax.tree.map(  # noqa: E731
             lambda u, m: m[name], state.basis, merged
@@ -151,24 +161,29 @@ def curvature_pass(views: ViewRule, labels: str) -> tasks.Pass:
     With g_b the gradient of the mean over the n_b items of batch b, and labels drawn
     from the model, ``E[n_b (U^T g_b)^2]`` is the Fisher along each direction: scores of
     different items are independent with mean zero, so the square of their mean is the
-    mean square over n_b. No per-example gradient is needed.
+    mean square over n_b. No per-example gradient is needed. Batches are averaged with
+    weights n_b, which makes it the Fisher of the data set, however it was cut. Where
+    gradients are not finite nothing is added.
     """
 
     def init(state, params):
         return {
             "sum": trees.zeros_like(state.curvature),
-            "batches": jnp.zeros([], jnp.float32),
+            "items": jnp.zeros([], jnp.float32),
         }
 
     def step(acc, data):
         gradient, items = batch_gradient(data, labels)
         coeffs = coefficients(views, data.earlier["basis"]["basis"], gradient)
-        total = jax.tree.map(lambda s, c: s + items * c**2, acc["sum"], coeffs)
-        return {"sum": total, "batches": acc["batches"] + 1}
+        coeffs = trees.align_structure("coefficients", coeffs, acc["sum"])
+        total = jax.tree.map(lambda s, c: s + (items * c) ** 2, acc["sum"], coeffs)
+        return {"sum": total, "items": acc["items"] + items}
 
     def finish(acc, state, earlier):
         del state, earlier
-        return jax.tree.map(lambda s: s / acc["batches"], acc["sum"])
+        return jax.tree.map(
+            lambda s: jnp.where(jnp.isfinite(s), s / acc["items"], 0.0), acc["sum"]
+        )
 
     return tasks.Pass("curvature", init, step, finish)
 

@@ -404,7 +404,7 @@ def end_task(
             )
         return state
 
-    opt_state = _map_registered(consolidate, opt_state)
+    opt_state = _map_states(consolidate, opt_state)
     if moments == "reset":
         return reset_state(opt_state)
     if moments == "project" and not projected:
@@ -432,11 +432,11 @@ def begin_task(
     Returns:
       The new optimizer state, same structure and shapes.
     """
-    opt_state = _map_registered(
+    opt_state = _map_states(
         lambda s: _BOUNDARIES[type(s)].begin_task(s, params), opt_state
     )
     if reset_nu_max:
-        opt_state = _map_class(
+        opt_state = _map_states(
             lambda s: s._replace(nu_max=trees.zeros_like(s.nu_max)),
             opt_state,
             lambda n: hasattr(n, "nu_max"),
@@ -457,15 +457,27 @@ def reset_state(
 
     Returns:
       The new optimizer state, same structure and shapes.
+
+    Raises:
+      ValueError: If ``mask`` does not fit the averages; those of a factored second
+        moment are reset leaf by leaf only.
     """
     if mask is None:
         return _map_moments(trees.zeros_like, opt_state, reset_count=True)
 
+    def zero(path, x, m):
+        sizes = zip(np.shape(m)[::-1], x.shape[::-1], strict=False)
+        if np.ndim(m) > x.ndim or any(a not in (1, b) for a, b in sizes):
+            raise ValueError(
+                f"`mask` must broadcast to what it resets; at `{checks.path_str(path)}`"
+                f" got shape {np.shape(m)} for an average of shape {x.shape}. Pass one "
+                "boolean for the leaf."
+            )
+        return jnp.where(m, 0, x).astype(x.dtype)
+
     def reset(tree):
         aligned = trees.align_structure("mask", mask, tree)
-        return jax.tree.map(
-            lambda x, m: jnp.where(m, 0, x).astype(x.dtype), tree, aligned
-        )
+        return jax.tree_util.tree_map_with_path(zero, tree, aligned)
 
     return _map_moments(reset, opt_state)
 
@@ -493,7 +505,7 @@ def map_states(
         found = True
         return function(state)
 
-    result = _map_class(visit, opt_state, lambda n: isinstance(n, state_class))
+    result = _map_states(visit, opt_state, lambda n: isinstance(n, state_class))
     if not found:
         raise ValueError(
             f"`opt_state` holds no {state_class.__name__}. Is the method in the chain?"
@@ -506,7 +518,7 @@ class MemoryDescription(NamedTuple):
 
     method: str  # name of the state class
     path: str  # where it stands in the optimizer state
-    bytes: int  # of its own arrays, inner states not counted twice
+    bytes: int  # of its own arrays, without memories and moments inside it
     tasks: int | None  # tasks stored
     capacity: int | None  # tasks that fit; None if unlimited
 
@@ -532,13 +544,12 @@ def describe(opt_state: optax.OptState) -> tuple[MemoryDescription, ...]:
         boundary = _BOUNDARIES[type(state)]
         if boundary.usage is None:  # an average, not a memory of tasks
             continue
-        inner = sum(_bytes(s) for s in _find_inside(state))
         tasks, capacity = boundary.usage(state)
         rows.append(
             MemoryDescription(
                 method=type(state).__name__.removesuffix("State"),
                 path=path,
-                bytes=_bytes(state) - inner,
+                bytes=_own_bytes(state),
                 tasks=None if tasks is None else int(tasks),
                 capacity=capacity,
             )
@@ -578,7 +589,7 @@ def grow(opt_state: optax.OptState, capacity: int) -> optax.OptState:
         grown = True
         return boundary.grow(state, capacity)
 
-    result = _map_registered(enlarge, opt_state)
+    result = _map_states(enlarge, opt_state)
     if not grown:
         raise ValueError("`opt_state` holds no memory with a capacity that can grow.")
     return result
@@ -591,16 +602,16 @@ def _registered(node: Any) -> bool:
     return type(node) in _BOUNDARIES
 
 
-def _map_registered(function, tree):
-    """Applies ``function`` to registered states, outer ones before what they hold."""
+def _map_states(function, tree, wanted=_registered):
+    """Applies ``function`` to wanted states, outer ones before what they hold."""
 
     def visit(node):
-        if not _registered(node):
+        if not wanted(node):
             return node
         node = function(node)
-        return type(node)(*(_map_registered(function, field) for field in node))
+        return type(node)(*(_map_states(function, field, wanted) for field in node))
 
-    return jax.tree.map(visit, tree, is_leaf=_registered)
+    return jax.tree.map(visit, tree, is_leaf=wanted)
 
 
 def _find_with_path(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -616,15 +627,14 @@ def _find(tree: Any) -> Iterator[Any]:
     return (state for _, state in _find_with_path(tree))
 
 
-def _find_inside(state: Any) -> list[Any]:
-    """Outermost registered states among a state's fields."""
-    return [
-        n for n in jax.tree.leaves(tuple(state), is_leaf=_registered) if _registered(n)
-    ]
+def _own_bytes(state: Any) -> int:
+    """Bytes of a state without the memories and the moments inside it."""
 
+    def foreign(node):
+        return _registered(node) or type(node) in _MOMENTS
 
-def _map_class(function, tree, wanted):
-    return jax.tree.map(lambda n: function(n) if wanted(n) else n, tree, is_leaf=wanted)
+    nodes = jax.tree.leaves(tuple(state), is_leaf=foreign)
+    return sum(_bytes(n) for n in nodes if not foreign(n))
 
 
 def _map_moments(function, tree, first_only=False, reset_count=False):
@@ -636,7 +646,7 @@ def _map_moments(function, tree, first_only=False, reset_count=False):
             new["count"] = jnp.zeros_like(state.count)
         return state._replace(**new)
 
-    return _map_class(visit, tree, lambda n: type(n) in _MOMENTS)
+    return _map_states(visit, tree, lambda n: type(n) in _MOMENTS)
 
 
 def _bytes(tree: Any) -> int:
@@ -665,18 +675,18 @@ def _reiterable(batches: Any, depth: int) -> Iterable[Any]:
 
 def _padded(batches: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray]]:
     """Batches of one size, the last padded with its first row, and their weights."""
-    size = None
+    size = 0
     for batch in batches:
         leaves = jax.tree.leaves(batch)
-        sizes = {x.shape[0] if np.ndim(x) else None for x in leaves}
-        if len(sizes) != 1 or None in sizes or sizes == {0}:
+        sizes = {x.shape[0] if np.ndim(x) else 0 for x in leaves}
+        if len(sizes) != 1 or 0 in sizes:
             shapes = [np.shape(x) for x in leaves]
             raise ValueError(
                 "a batch must be a tree of arrays with one common, non-empty leading "
                 f"axis; got leaves of shapes {shapes}."
             )
         (n,) = sizes
-        size = n if size is None else max(n, size)
+        size = max(n, size)
         weights = np.ones([size], np.float32)
         if n < size:
             weights[n:] = 0.0
@@ -691,8 +701,11 @@ def _split_trainable(params, boundaries, states):
     def differentiable(x):
         return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
+    # A mask may have hidden a whole subtree by one node.
     reads = [
-        b.like(s) for b, s in zip(boundaries, states, strict=True) if b.like is not None
+        trees.align_structure("a memory", b.like(s), params)
+        for b, s in zip(boundaries, states, strict=True)
+        if b.like is not None
     ]
 
     def visit(p, *nodes):

@@ -91,7 +91,7 @@ def chain(
 
     Raises:
       TypeError: If a link is not a gradient transformation.
-      ValueError: As ``capture_raw``.
+      ValueError: Without any link; at trace time as ``capture_raw``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_cl
@@ -104,9 +104,16 @@ def chain(
       >>> print(updates.round(3))
       [-0.05  0.05]
     """
+    check_links(links)
+    return capture_raw(optax.chain(*links))
+
+
+def check_links(links: tuple[Any, ...]) -> None:
+    """Raises unless ``links`` are gradient transformations, at least one."""
+    if not links:
+        raise ValueError("`links` is empty; give at least one transformation.")
     for i, link in enumerate(links):
         check_transformation(f"links[{i}]", link)
-    return capture_raw(optax.chain(*links))
 
 
 def check_transformation(name: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from optax_cl._core.matrices import (
     from_matrix,
     matrix_shape,
     matrix_views,
+    tree_views,
 )
 from optax_cl.routing import _capture, _rules
 
@@ -30,7 +31,7 @@ class ProtectState(NamedTuple):
     threshold: chex.Array  # float32 [], share of the energy that a basis must hold
     mean_decay: chex.Array  # float32 [], decay of `mean`
     tasks: chex.Array  # int32 [], tasks consolidated
-    settings: "ProtectSettings"  # static, no leaves
+    settings: Any  # ProtectSettings: static, no leaves
     inner: optax.OptState  # state of the links
 
 
@@ -70,7 +71,7 @@ class AttenuateState(NamedTuple):
     """State of ``attenuate``: the rule's own averages."""
 
     rule: Any
-    declaration: Declaration  # static, no leaves
+    declaration: Any  # Declaration: static, no leaves
 
 
 def protect(
@@ -92,9 +93,10 @@ def protect(
     .. math:: U_k \leftarrow \text{top-}r\left( U_{k-1} \mathrm{diag}(e_{k-1})
        U_{k-1}^T + \frac{\sum_b G_b G_b^T}{\mathrm{tr} \sum_b G_b G_b^T} \right)
 
-    with one term for each batch b that ``collect`` reads. The wrapper captures the raw
-    gradient (it is a ``capture_raw``) and binds the extra argument ``basis``; the links
-    are applied in order, as in ``optax.chain``:
+    with one term for each batch b that ``collect`` reads, :math:`G_b` the gradient of
+    its summed loss. Where that is zero or not finite, U stays. The wrapper captures the
+    raw gradient (it is a ``capture_raw``) and binds the extra argument ``basis``; the
+    links are applied in order, as in ``optax.chain``:
 
         tx = protect(32, attenuate(balance()), scale_by_decoupled_adam(), project())
 
@@ -102,9 +104,9 @@ def protect(
     read the displacement; the curvature :math:`\Lambda` and the averaged coefficients
     for ``balance``. At a boundary
     :math:`\Lambda \leftarrow (U_{new}^T U_{old})^{\circ 2} \Lambda + \Lambda_{task}`
-    with :math:`\Lambda_{task} = \mathrm{mean}_b\, n_b (U^T g_b)^2`, where :math:`g_b`
-    is the gradient of the mean over the :math:`n_b` items of a batch with labels
-    sampled from the model: an unbiased Fisher, in Hessian units of the mean loss.
+    with :math:`\Lambda_{task} = \sum_b (U^T G_b)^2 / \sum_b n_b` over batches of
+    :math:`n_b` items with labels sampled from the model: an unbiased Fisher, in Hessian
+    units of the mean loss.
 
     **Placement.** ``attenuate`` before the moments acts on the gradient, after them on
     the update; ``project`` after them (and after weight decay) is the only placement
@@ -175,8 +177,7 @@ def protect(
     checks.check_choice("memory", memory, ("all", "last"))
     checks.check_choice("svd", svd, ("exact", "randomized"))
     checks.check_choice("labels", labels, ("sampled", "empirical"))
-    for i, link in enumerate(links):
-        _capture.check_transformation(f"links[{i}]", link)
+    _capture.check_links(links)
     settings = ProtectSettings(
         rank=rank,
         views=matrix_views() if matrices is None else matrices,
@@ -425,7 +426,7 @@ def _weigh(change, energy):
 
 
 def _declared_needs(state: Any) -> frozenset[str]:
-    """Union of the declarations anywhere in a state; they are leafless nodes."""
+    """Union of the declarations of links that read this owner; leafless nodes."""
     found: set[str] = set()
 
     def visit(node):
@@ -433,11 +434,22 @@ def _declared_needs(state: Any) -> frozenset[str]:
             found.update(node.needs)
         return node
 
-    jax.tree.map(visit, state, is_leaf=lambda n: isinstance(n, Declaration))
+    # Links inside another owner read that one.
+    jax.tree.map(
+        visit, state, is_leaf=lambda n: isinstance(n, Declaration | ProtectState)
+    )
     return frozenset(found)
 
 
 def _check_ranks(settings: ProtectSettings, params: chex.ArrayTree) -> None:
+    views = tree_views(settings.views, params)
+    if views and not any(views):
+        raise ValueError(
+            "`protect` finds no matrix among the parameters, so there is nothing to "
+            "protect: leaves with fewer than two axes, and those that `matrices` "
+            "skips, are left alone."
+        )
+
     def check(path, p):
         view = settings.views(checks.path_str(path), jnp.shape(p))
         if view is not None:
@@ -473,11 +485,13 @@ def _end_task(state, params, results):
     if anchor is not None:
         anchor = subspaces.coefficients(state.settings.views, new["basis"], params)
     if curvature is not None:
-        curvature = subspaces.rotate_curvature(
-            state.basis, new["basis"], curvature, results["curvature"]
-        )
+        task = results["curvature"]
         if state.settings.memory == "last":
-            curvature = results["curvature"]
+            curvature = trees.copy(task)
+        else:
+            curvature = subspaces.rotate_curvature(
+                state.basis, new["basis"], curvature, task
+            )
     return state._replace(
         basis=trees.copy(new["basis"]),
         energy=trees.copy(new["energy"]),
