@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, surgery, trees
+from optax_cl._core import checks, surgery, tasks, trees
 
 
 class AgemState(NamedTuple):
@@ -185,3 +185,9 @@ def _moving_average(average, ref, decay):
     # One bad batch would stay in the average for good, and switch the method off.
     finite = jnp.isfinite(trees.squared_norm(ref))
     return jax.tree.map(lambda n, a: jnp.where(finite, n, a), new, average)
+
+
+tasks.register_boundary(
+    AgemState,
+    tasks.Boundary(end_task=lambda state, params, results: reset_reference(state)),
+)

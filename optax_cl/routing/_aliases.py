@@ -20,7 +20,7 @@ def decoupled_adamw(
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: Any = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     nesterov: bool = False,
     first_moment: str = "routed",
@@ -91,7 +91,7 @@ def decoupled_adamw(
 
 def multi_steps(
     inner: optax.GradientTransformation,
-    every_k_schedule: int | Callable[[jax.Array], jax.Array],
+    every_k_schedule: int | Callable[[Any], Any],
     **kwargs: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.MultiSteps`` as a transformation that passes extra arguments on.

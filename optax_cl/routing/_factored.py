@@ -104,7 +104,7 @@ def scale_by_decoupled_factored_rms(
             second_moment, updates, raw_updates, lambda g: g**2
         )
         count = optax.safe_increment(state.count)
-        decay = 1.0 - count.astype(jnp.float32) ** (-decay_rate)
+        decay = 1.0 - jnp.asarray(count, jnp.float32) ** -jnp.asarray(decay_rate)
 
         def average(old, new):
             return (decay * old + (1.0 - decay) * new).astype(old.dtype)

@@ -261,8 +261,8 @@ def _mean_ratio(
     ratios = jax.tree.map(
         lambda a, b, f: jnp.where(f, a / jnp.where(f, b, 1.0), 0.0), used, raw, filled
     )
-    total = optax.tree.sum(ratios)
-    count = optax.tree.sum(jax.tree.map(lambda f: f.astype(jnp.float32), filled))
-    return jnp.where(count > 0, total / jnp.maximum(count, 1.0), 1.0).astype(
-        jnp.float32
+    total = jnp.asarray(optax.tree.sum(ratios), jnp.float32)
+    count = jnp.asarray(
+        optax.tree.sum(jax.tree.map(lambda f: f.astype(jnp.float32), filled))
     )
+    return jnp.where(count > 0, total / jnp.maximum(count, 1.0), 1.0)

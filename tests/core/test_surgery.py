@@ -235,6 +235,17 @@ def test_vmap_equals_a_loop():
         np.testing.assert_allclose(flat(mapped), flat(one), rtol=1e-5, atol=1e-6)
 
 
+def test_compiled_size_grows_linearly_with_the_number_of_leaves():
+    # Scalars that a compiler copies into the loop of every leaf make it quadratic:
+    # a minute of compilation for 200 leaves.
+    def lines(n):
+        g = {str(i): jnp.ones([8, 8]) for i in range(n)}
+        compiled = jax.jit(surgery.project_conflict).lower(g, g).compile()
+        return len(compiled.as_text().splitlines())
+
+    assert lines(60) < 2.5 * lines(30)
+
+
 def test_bad_arguments_are_named():
     g = {"w": jnp.ones([2])}
     with pytest.raises(ValueError, match=r"`granularity` must be one of 'global'"):
