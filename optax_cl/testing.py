@@ -243,7 +243,7 @@ def check_map_params(tx: optax.GradientTransformation, params: optax.Params) -> 
       params: Any parameters.
     """
     state = tx.init(params)
-    mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
+    mapped = optax.tree.map_params(tx.init, lambda leaf: leaf, state)
     _assert_same_types(mapped, state, "the state mapped by optax.tree.map_params")
     chex.assert_trees_all_equal(mapped, state)
 
@@ -352,7 +352,8 @@ def check_jit_and_scan(
     @jax.jit
     def scanned(state, stream):
         def body(state, data):
-            return _plain(tx, extra_args)(*data, state)[::-1]
+            grads, params = data
+            return _plain(tx, extra_args)(grads, params, state)[::-1]
 
         return jax.lax.scan(body, state, stream)
 

@@ -66,8 +66,8 @@ def state_sharding(
       >>> tuple(state.memory.importance["kernel"].spec), tuple(state.count.spec)
       ((None, 'model', None), ())
     """
-    by_path, mesh = _by_path(params, shardings, mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
+    by_path, any_mesh = _by_path(params, shardings, mesh)
+    replicated = NamedSharding(any_mesh, PartitionSpec())
 
     def place(path, leaf):
         for start in range(len(path) + 1):

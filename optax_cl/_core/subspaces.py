@@ -29,6 +29,18 @@ def map_matrices(
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def _view(views: ViewRule, path: Any, leaf: chex.Array) -> MatrixView:
+    """The view of a leaf that has a basis, and so was a matrix at ``init``."""
+    view = views(checks.path_str(path), leaf.shape)
+    if view is None:
+        raise ValueError(
+            f"the leaf `{checks.path_str(path)}` has a basis, but `matrices` says that "
+            "it is no matrix. The optimizer state was made under other settings, or "
+            "for other parameters."
+        )
+    return view
+
+
 def coefficients(
     views: ViewRule, basis: chex.ArrayTree, tree: chex.ArrayTree
 ) -> chex.ArrayTree:
@@ -48,7 +60,7 @@ def coefficients(
     def one(path, leaf, u):
         if trees.is_masked(u):
             return u
-        view = views(checks.path_str(path), leaf.shape)
+        view = _view(views, path, leaf)
         return linalg.coefficients(u, to_matrix(leaf, view))
 
     return jax.tree_util.tree_map_with_path(one, tree, basis)
@@ -105,7 +117,7 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
         def one(path, g, u, a):
             if trees.is_masked(u):
                 return u
-            view = views(checks.path_str(path), g.shape)
+            view = _view(views, path, g)
             matrix = items * to_matrix(g, view).astype(u.dtype)
             if svd == "exact":
                 product = linalg.gram(matrix)

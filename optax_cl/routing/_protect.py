@@ -24,10 +24,11 @@ class ProtectState(NamedTuple):
 
     basis: chex.ArrayTree  # U, float32 [*batch, in, r], orthonormal or zero columns
     energy: chex.ArrayTree  # eigenvalues, float32 [*batch, r]
-    anchor: chex.ArrayTree | None  # U^T W*, float32 [*batch, r, out]; None: unread
-    curvature: chex.ArrayTree | None  # Lambda, float32 [*batch, r, out]; None: unread
-    mean: chex.ArrayTree | None  # average of U^T g, float32 [*batch, r, out]
-    mean_weight: chex.Array | None  # float32 [], total weight of the average
+    # The next four are None if no link reads them.
+    anchor: Any  # U^T W*, float32 [*batch, r, out]
+    curvature: Any  # Lambda, float32 [*batch, r, out]
+    mean: Any  # average of U^T g, float32 [*batch, r, out]
+    mean_weight: Any  # float32 [], total weight of the average
     threshold: chex.Array  # float32 [], share of the energy that a basis must hold
     mean_decay: chex.Array  # float32 [], decay of `mean`
     tasks: chex.Array  # int32 [], tasks consolidated
