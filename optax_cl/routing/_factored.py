@@ -120,10 +120,12 @@ def scale_by_decoupled_factored_rms(
             col = average(col, jnp.mean(square, axis=short))
             # `row` has lost the long axis, so the short one may have moved forward.
             mean = jnp.mean(row, axis=short - (short > long), keepdims=True)
-            scale = jnp.expand_dims((row / mean) ** -0.5, long) * jnp.expand_dims(
-                col**-0.5, short
+            update = (
+                g
+                * jnp.expand_dims((row / mean) ** -0.5, long)
+                * jnp.expand_dims(col**-0.5, short)
             )
-            return _Leaf((g * scale).astype(g.dtype), row, col, full)
+            return _Leaf(update.astype(g.dtype), row, col, full)
 
         leaves = jax.tree.map(one, updates, squares, state.row, state.col, state.full)
 

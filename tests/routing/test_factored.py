@@ -1,0 +1,100 @@
+"""Factored second moments: equal to Optax without a modifier, and routed with one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_cl
+from tests.routing.helpers import normal
+
+SHAPES = {"big": (130, 140), "wide": (128, 3, 129), "small": (20, 30), "bias": (9,)}
+
+
+@pytest.fixture(scope="module")
+def grads():
+    return {k: normal(i, 3, *s) for i, (k, s) in enumerate(SHAPES.items())}
+
+
+def at(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_equals_optax_without_a_modifier(grads, dtype):
+    grads = jax.tree.map(lambda g: g.astype(dtype), grads)
+    params = at(grads, 0)
+    ours = optax_cl.chain(optax_cl.scale_by_decoupled_factored_rms())
+    theirs = optax.scale_by_factored_rms()
+
+    @jax.jit
+    def both(state, other, g):
+        updates, state = ours.update(g, state, params)
+        expected, other = theirs.update(g, other, params)
+        return updates, expected, state, other
+
+    state, other = ours.init(params), theirs.init(params)
+    for i in range(3):
+        updates, expected, state, other = both(state, other, at(grads, i))
+        for name in SHAPES:
+            np.testing.assert_array_equal(
+                np.asarray(updates[name]), np.asarray(expected[name]), err_msg=name
+            )
+    for mine, name in zip(("row", "col", "full"), ("v_row", "v_col", "v"), strict=True):
+        assert jax.tree.map(jnp.shape, optax.tree.get(state, mine)) == jax.tree.map(
+            jnp.shape, getattr(other, name)
+        )
+
+
+@pytest.mark.parametrize(
+    ("second_moment", "kept"), [("max", 0.5), ("raw", 0.5), ("routed", 1.0)]
+)
+def test_a_factor_is_kept_or_cancelled(grads, second_moment, kept):
+    rms = optax_cl.scale_by_decoupled_factored_rms(second_moment=second_moment)
+    tx, params = optax_cl.chain(optax.scale(0.5), rms), at(grads, 0)
+    plain = optax.scale_by_factored_rms()
+    updates, _ = tx.update(params, tx.init(params), params)
+    expected, _ = plain.update(params, plain.init(params), params)
+    for name in SHAPES:
+        np.testing.assert_allclose(updates[name], kept * expected[name], rtol=1e-5)
+
+
+def test_maximum_is_taken_before_the_means():
+    g = normal(0, 130, 140)
+    # Coordinates move between halves: the means of either alone are smaller.
+    routed = jnp.where(jnp.arange(140)[None] < 70, 3.0, 0.0) * g
+    tx = optax_cl.scale_by_decoupled_factored_rms()
+    _, state = tx.update(routed, tx.init(g), raw_updates=g)
+    squares = np.maximum(np.asarray(g) ** 2, np.asarray(routed) ** 2)
+    np.testing.assert_allclose(state.row, squares.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(state.col, squares.mean(0), rtol=1e-5)
+
+
+def test_none_leaves_stay_none():
+    params = {"w": jnp.ones((2, 2)), "f": None}
+    tx = optax_cl.chain(optax_cl.scale_by_decoupled_factored_rms())
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["f"] is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        ({"decay_rate": 0.0}, ValueError),
+        ({"epsilon": -1.0}, ValueError),
+        ({"min_dim_size_to_factor": 0}, ValueError),
+        ({"min_dim_size_to_factor": 1.5}, TypeError),
+        ({"second_moment": "mean"}, ValueError),
+    ],
+)
+def test_bad_argument_is_named(kwargs, error):
+    (name,) = kwargs
+    with pytest.raises(error, match=f"`{name}`"):
+        optax_cl.scale_by_decoupled_factored_rms(**kwargs)
+
+
+def test_missing_raw_updates_names_both_fixes():
+    tx = optax_cl.scale_by_decoupled_factored_rms()
+    with pytest.raises(ValueError, match=r"optax_cl\.chain"):
+        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))

@@ -1,0 +1,315 @@
+"""Strengths and coefficient rules: their gates, bounds and equilibria."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import optax_cl
+from optax_cl.routing import Context
+from tests.routing.helpers import install, normal, orthonormal, run
+
+SEEDS = st.integers(0, 2**31 - 1)
+SHAPE = (3, 4)
+
+
+def context(raw=None, **fields):
+    empty = dict.fromkeys(("displacement", "curvature", "mean", "overlap"))
+    return Context(raw=raw, **(empty | fields))
+
+
+def drawn(seed):
+    """Coefficients, displacement, curvature and mean of one leaf."""
+    c, d, curvature, mean = normal(seed, 4, *SHAPE)
+    return c, d, jnp.abs(curvature), mean
+
+
+@jax.jit
+def balanced(c, d, curvature, mean, kappa=1.0):
+    fields = {"displacement": d, "curvature": curvature, "mean": mean}
+    return optax_cl.balance(kappa).apply(c, context(c, **fields), ())[0]
+
+
+@jax.jit
+def sprung(c, d, curvature, kappa=1.0):
+    fields = {"displacement": d, "curvature": curvature}
+    return optax_cl.spring(kappa).apply(c, context(c, **fields), ())[0]
+
+
+def ratcheted(c, d, raw, strength):
+    rule = optax_cl.ratchet(strength)
+    return rule.apply(c, context(raw, displacement=d), ())[0]
+
+
+# balance
+
+
+@given(SEEDS)
+def test_balance_takes_nothing_at_the_anchor(seed):
+    c, d, curvature, mean = drawn(seed)
+    np.testing.assert_array_equal(balanced(c, 0 * d, curvature, mean), c)
+
+
+@given(SEEDS)
+def test_balance_takes_nothing_when_the_mean_pulls_back(seed):
+    c, d, curvature, mean = drawn(seed)
+    mean = jnp.abs(mean) * jnp.sign(d)
+    np.testing.assert_array_equal(balanced(c, d, curvature, mean), c)
+
+
+@given(SEEDS, st.floats(0, 2.0**100, width=32))
+def test_balance_only_attenuates(seed, kappa):
+    c, d, curvature, mean = drawn(seed)
+    a = 1 - np.asarray(balanced(c, d, curvature, mean, kappa)) / np.asarray(c)
+    assert np.all(a >= 0) and np.all(a <= 1)
+
+
+@given(SEEDS)
+def test_balance_against_its_formula(seed):
+    arrays = drawn(seed)
+    c, d, curvature, mean = (np.asarray(x, np.float64) for x in arrays)
+    a = np.clip(2 * curvature * np.abs(d) / np.abs(mean), 0, 1) * (mean * d < 0)
+    np.testing.assert_allclose(
+        balanced(*arrays, 2.0), (1 - a) * c, rtol=1e-5, atol=1e-6
+    )
+
+
+@given(SEEDS)
+def test_a_heavy_balance_is_a_full_ratchet_on_the_mean(seed):
+    c, d, curvature, mean = drawn(seed)
+    for kappa in (1e20, jnp.inf):
+        np.testing.assert_array_equal(
+            balanced(c, d, curvature, mean, kappa), ratcheted(c, d, mean, 1.0)
+        )
+
+
+@given(SEEDS)
+def test_spring_equals_balance_inside_the_clip(seed):
+    c, d, curvature, _ = drawn(seed)
+    pushes_away = c * d < 0
+    inside = pushes_away & (curvature * jnp.abs(d) < jnp.abs(c))
+    hypothesis.assume(np.any(inside))
+    a, b = sprung(c, d, curvature), balanced(c, d, curvature, c)
+    np.testing.assert_allclose(
+        np.asarray(a)[inside], np.asarray(b)[inside], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_spring_adds_the_pull_and_can_reverse():
+    c, d, curvature = jnp.array([1.0]), jnp.array([-3.0]), jnp.array([2.0])
+    np.testing.assert_array_equal(sprung(c, d, curvature), [-5.0])
+    np.testing.assert_array_equal(balanced(c, d, curvature, c), [0.0])
+
+
+def test_zero_mean_gives_no_nan():
+    zero = jnp.zeros(3)
+    result = balanced(zero, jnp.array([-1.0, 0.0, 1.0]), jnp.ones(3), zero)
+    np.testing.assert_array_equal(result, 0.0)
+
+
+# Where a step stops: one weight, two parabolas
+
+
+def resting_place(rule, start=0.2):
+    """Where SGD comes to rest: old minimum .2 (curvature 3), new 1 (curvature 1)."""
+    tx = optax_cl.protect(
+        1, optax_cl.attenuate(rule), optax.scale(-0.05), mean_decay=0.0
+    )
+    params = jnp.full((1, 1), start)
+    state = tx.init(params)
+    fields = {"basis": jnp.ones((1, 1)), "anchor": jnp.full((1, 1), 0.2)}
+    if state.curvature is not None:
+        fields["curvature"] = jnp.full((1, 1), 3.0)
+    fields = {k: v for k, v in fields.items() if getattr(state, k) is not None}
+    state = install(state, **fields)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(params - 1.0, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, state), length=3000)
+    return params.item()
+
+
+JOINT = (3.0 * 0.2 + 1.0 * 1.0) / (3.0 + 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "place"),
+    [
+        (optax_cl.constant(0.0), 1.0),
+        (optax_cl.constant(0.5), 1.0),
+        (optax_cl.constant(0.9), 1.0),
+        (optax_cl.ratchet(0.75), 1.0),
+        (optax_cl.constant(1.0), 0.2),
+        (optax_cl.balance(1.0), JOINT),
+        (optax_cl.spring(1.0), JOINT),
+    ],
+)
+def test_equilibrium(rule, place):
+    np.testing.assert_allclose(resting_place(rule), place, atol=1e-4)
+
+
+# Gates read the raw gradient
+
+
+@pytest.mark.parametrize("rate", [None, -0.1, 0.1])
+@pytest.mark.parametrize("name", ["ratchet", "balance"])
+def test_gates_mean_the_same_on_both_sides_of_the_learning_rate(name, rate):
+    rule = {"ratchet": optax_cl.ratchet(1.0), "balance": optax_cl.balance(1e6)}[name]
+    links = [optax_cl.attenuate(rule)]
+    if rate is not None:
+        links = [optax.scale(rate), *links]
+    tx = optax_cl.protect(2, *links)
+    params = jnp.zeros((4, 3))
+    state = tx.init(params)
+    basis = orthonormal(0, 4, 2)
+    fields = {"basis": basis, "anchor": normal(1, 2, 3)}
+    if name == "balance":
+        fields["curvature"] = jnp.ones((2, 3))
+    state = install(state, **fields)
+    g = normal(2, 4, 3)
+    updates, _ = tx.update(g, state, params)
+    c = np.asarray(basis.T @ g)
+    away = c * -np.asarray(fields["anchor"]) < 0
+    assert away.any() and not away.all()
+    scale = 1.0 if rate is None else rate
+    np.testing.assert_allclose(
+        basis.T @ updates, scale * np.where(away, 0.0, c), atol=2e-6
+    )
+
+
+def test_mean_is_the_corrected_average_of_raw_coefficients():
+    seen = {}
+
+    def apply(coeffs, ctx, state):
+        seen["mean"] = ctx.mean
+        return coeffs, state
+
+    rule = optax_cl.Rule(apply, frozenset({"mean"}))
+    # A factor before the rule changes the coefficients, not what the average reads.
+    tx = optax_cl.protect(2, optax.scale(7.0), optax_cl.attenuate(rule), mean_decay=0.8)
+    basis = orthonormal(0, 4, 2)
+    grads = normal(0, 3, 4, 3)
+    state = install(tx.init(grads[0]), basis=basis)
+    for g in grads:
+        _, state = tx.update(g, state, g)
+    weights = 0.2 * 0.8 ** np.array([2, 1, 0])
+    expected = np.einsum("t,tio->io", weights, grads) / weights.sum()
+    np.testing.assert_allclose(seen["mean"], basis.T @ expected, rtol=1e-5, atol=1e-6)
+
+
+# Overlap strengths
+
+
+def overlap_rule(rule, grads, basis):
+    """Strength in force at each step, as the meter reads it; and the last state."""
+    tx = optax_cl.protect(2, optax_cl.attenuate(rule), optax_cl.measure("strength"))
+    state = install(tx.init(grads[0]), basis=basis)
+
+    def step(state, g):
+        _, state = tx.update(g, state, g)
+        return state, optax.tree.get(state, "strength")
+
+    state, strengths = jax.lax.scan(step, state, grads)
+    return np.asarray(strengths), state
+
+
+@pytest.fixture(scope="module")
+def overlapping():
+    grads, basis = normal(0, 50, 6, 3), orthonormal(0, 6, 2)
+    g = np.asarray(grads, np.float64)
+    inside = np.einsum("ir,tio->tro", np.asarray(basis, np.float64), g)
+    return grads, basis, (inside**2).sum((1, 2)) / (g**2).sum((1, 2))
+
+
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize("decay", [0.98, 0.99])
+@pytest.mark.parametrize("name", ["one_minus", "proportional"])
+def test_overlap_strength_against_its_formula(overlapping, name, decay, debias):
+    grads, basis, overlap = overlapping
+    rule = getattr(optax_cl, name)(0.6, decay, debias=debias)
+    measured, _ = overlap_rule(rule, grads, basis)
+    mean = 0.0
+    for t, (s, a) in enumerate(zip(overlap, measured, strict=True), 1):
+        mean = decay * mean + (1 - decay) * s
+        used = mean / (1 - decay**t) if debias else mean
+        expected = 0.6 * (1 - used if name == "one_minus" else used)
+        np.testing.assert_allclose(a, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_boundary_resets_the_averaged_overlap(overlapping, debias):
+    grads, basis, _ = overlapping
+    _, state = overlap_rule(optax_cl.one_minus(debias=debias), grads, basis)
+    assert optax.tree.get(state, "mean_overlap") > 0.05
+    task = optax_cl.classification(
+        lambda w, b: b @ w, lambda b: jnp.zeros(b.shape[0], jnp.int32)
+    )
+    w = grads[0]
+    stats = optax_cl.collect(
+        state, w, [jnp.ones((2, 6))], task=task, key=jax.random.key(0)
+    )
+    state = optax_cl.end_task(state, w, stats)
+    assert optax.tree.get(state, "mean_overlap") == 0.0
+
+
+def test_one_strength_for_all_leaves_or_one_for_each():
+    # Leaf a lies in its basis, leaf b outside of it.
+    g = {"a": jnp.zeros((4, 2)).at[0].set(1.0), "b": jnp.zeros((4, 2)).at[3].set(1.0)}
+    basis = {"a": jnp.eye(4)[:, :1], "b": jnp.eye(4)[:, :1]}
+
+    def kept(per_leaf):
+        rule = optax_cl.one_minus(1.0, decay=0.0, per_leaf=per_leaf)
+        tx = optax_cl.protect(1, optax_cl.attenuate(rule))
+        state = tx.init(g)._replace(basis=basis)
+        return tx.update(g, state, g)[0]["a"][0, 0].item()
+
+    np.testing.assert_allclose(kept(False), 0.5)  # mean overlap one half
+    np.testing.assert_allclose(kept(True), 1.0)  # its own is one: no protection
+
+
+# Strengths as numbers, schedules and mistakes
+
+
+def test_schedule_counts_the_steps():
+    g = jnp.ones((3, 2))
+    tx = optax_cl.protect(1, optax_cl.attenuate(lambda step: step / 4))
+    state = install(tx.init(g), basis=jnp.eye(3)[:, :1])
+    updates, _ = run(tx, jnp.stack([g] * 4), state=state)
+    np.testing.assert_allclose(updates[:, 0, 0], [1.0, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs"),
+    [
+        (optax_cl.constant, {"strength": 1.1}),
+        (optax_cl.constant, {"strength": -0.1}),
+        (optax_cl.ratchet, {"strength": 2.0}),
+        (optax_cl.balance, {"kappa": -1.0}),
+        (optax_cl.balance, {"kappa": float("inf")}),
+        (optax_cl.spring, {"kappa": float("nan")}),
+        (optax_cl.one_minus, {"a_max": 1.5}),
+        (optax_cl.one_minus, {"decay": 1.0}),
+        (optax_cl.proportional, {"a_max": -1.0}),
+    ],
+)
+def test_bad_number_is_named(make, kwargs):
+    (name,) = kwargs
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        make(**kwargs)
+
+
+def test_what_is_no_strength_is_refused():
+    with pytest.raises(TypeError, match="`strength`"):
+        optax_cl.attenuate("half")
+    with pytest.raises(ValueError, match="`strength`"):
+        optax_cl.attenuate(1.5)
+    rule = optax_cl.Rule(lambda c, x, s: (c, s), frozenset({"weather"}))
+    with pytest.raises(ValueError, match="weather"):
+        optax_cl.attenuate(rule)
