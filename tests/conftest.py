@@ -2,9 +2,13 @@
 
 import os
 
-import hypothesis
-import jax
-import pytest
+# Batched decompositions on several CPU devices may wait for each other for ever when
+# the runtime's thread pool, one thread a core, is smaller than the number of devices.
+os.environ.setdefault("NPROC", "64")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # On the CPU, whatever the machine has, unless the environment asks for another.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
