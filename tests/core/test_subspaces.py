@@ -1,0 +1,92 @@
+"""Gradients of a batch, and coefficients and curvature in a changing basis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_cl
+from optax_cl._core import subspaces, tasks
+from tests.routing.helpers import normal, orthonormal
+
+VIEWS = optax_cl.matrix_views(skip="free")
+HOLE = optax.MaskedNode()
+
+
+def test_only_matrices_have_coefficients():
+    tree = {"w": normal(0, 4, 3), "b": jnp.ones(3), "free": jnp.ones((4, 3))}
+    basis = {"w": orthonormal(0, 4, 2), "b": HOLE, "free": HOLE}
+    found = subspaces.coefficients(VIEWS, basis, tree)
+    np.testing.assert_allclose(found["w"], basis["w"].T @ tree["w"], rtol=1e-5)
+    assert found["b"] == found["free"] == HOLE
+    masked = subspaces.coefficients(VIEWS, basis, {**tree, "w": HOLE})
+    assert masked["w"] == HOLE
+
+
+def test_curvature_turns_by_squared_cosines():
+    old, new = orthonormal(0, 5, 2), orthonormal(1, 5, 2)
+    curvature, task = jnp.abs(normal(0, 2, 2, 3))
+    found = subspaces.rotate_curvature(old, new, curvature, task)
+    c, f = np.asarray(new, np.float64), np.asarray(old, np.float64)
+    expected = (c.T @ f) ** 2 @ np.asarray(curvature) + np.asarray(task)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_turning_within_a_span_keeps_an_even_curvature():
+    old = orthonormal(0, 5, 2)
+    new = old @ orthonormal(1, 2, 2)
+    even = jnp.full((2, 3), 0.7)
+    found = subspaces.rotate_curvature(old, new, even, 0 * even)
+    np.testing.assert_allclose(found, 0.7, rtol=1e-5)
+    flipped = subspaces.rotate_curvature(old, -old, normal(0, 2, 3), 0 * even)
+    np.testing.assert_allclose(flipped, normal(0, 2, 3), rtol=1e-4, atol=1e-6)
+
+
+# The gradient of a batch, padding and items
+
+
+def logits(w, x):
+    return x @ w
+
+
+def data(x, w, weights, task):
+    return tasks.PassInput(
+        state=None,
+        params=w,
+        batch=x,
+        weights=weights,
+        key=jax.random.key(0),
+        task=task,
+        earlier={},
+    )
+
+
+@pytest.mark.parametrize("items", [1, 3])
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+def test_padding_does_not_enter_and_items_are_counted(items, labels):
+    middle = () if items == 1 else (items,)
+    task = optax_cl.classification(logits, lambda x: jnp.zeros(x.shape[:-1], jnp.int32))
+    # The same label in every draw, so that both modes have one oracle.
+    task = task._replace(
+        sample_label=lambda out, key: jnp.zeros(out.shape[:-1], jnp.int32)
+    )
+    x, w = normal(0, 4, *middle, 5), normal(1, 5, 3)
+    weights = jnp.array([1.0, 1.0, 1.0, 0.0])
+    gradient, count = subspaces.batch_gradient(data(x, w, weights, task), labels)
+    flat = np.asarray(x, np.float64)[:3].reshape(-1, 5)
+    z = flat @ np.asarray(w, np.float64)
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    expected = flat.T @ (p - np.eye(3)[0]) / len(flat)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert count == (3 * items if labels == "sampled" else 3)
+
+
+def test_passes_are_the_same_object_for_the_same_settings():
+    # Compilation is keyed by them.
+    again = optax_cl.matrix_views(skip="free")
+    a = subspaces.basis_pass(VIEWS, "all", "exact", "sampled")
+    assert a is subspaces.basis_pass(again, "all", "exact", "sampled")
+    assert subspaces.curvature_pass(VIEWS, "sampled") is subspaces.curvature_pass(
+        again, "sampled"
+    )
