@@ -26,14 +26,14 @@ class Entry(NamedTuple):
       links: Its links, without a capture; None for what captures by itself.
       extra_args: ``updates -> extra arguments``.
       agreeing: The same where memory should agree with the objective.
-      converges: Whether it is meant to find a minimum within the suite's steps.
+      needs_matrix: Whether it refuses parameters without a matrix.
     """
 
     make: Callable[..., optax.GradientTransformationExtraArgs]
     links: Callable[..., tuple[optax.GradientTransformation, ...]] | None = None
     extra_args: Callable[[Any], dict[str, Any]] = testing.no_extra_args
     agreeing: Callable[[Any], dict[str, Any]] | None = None
-    converges: bool = True
+    needs_matrix: bool = False
 
 
 def params() -> dict[str, Any]:
@@ -240,12 +240,12 @@ ENTRIES: dict[str, Entry] = {
     "agem[decay]": _captured(_agem_decay)._replace(
         extra_args=_reference, agreeing=_same_reference
     ),
-    "attenuate": _captured(_attenuate),
-    "attenuate[balance]": _captured(_balance),
-    "attenuate[one_minus]": _captured(_one_minus),
-    "attenuate[proportional]": _captured(_proportional),
-    "attenuate[ratchet]": _captured(_ratchet),
-    "attenuate[spring]": _captured(_spring),
+    "attenuate": _captured(_attenuate)._replace(needs_matrix=True),
+    "attenuate[balance]": _captured(_balance)._replace(needs_matrix=True),
+    "attenuate[one_minus]": _captured(_one_minus)._replace(needs_matrix=True),
+    "attenuate[proportional]": _captured(_proportional)._replace(needs_matrix=True),
+    "attenuate[ratchet]": _captured(_ratchet)._replace(needs_matrix=True),
+    "attenuate[spring]": _captured(_spring)._replace(needs_matrix=True),
     "capture_raw": Entry(_capture_raw),
     "chain": _captured(_mix_replay)._replace(extra_args=_replay),
     "decoupled_adamw": Entry(_decoupled_adamw),
@@ -253,13 +253,13 @@ ENTRIES: dict[str, Entry] = {
     "ewc[separate]": _captured(_ewc_separate),
     "ewc_proximal": _captured(_ewc_proximal),
     "measure": _captured(_measure)._replace(
-        extra_args=_reference, agreeing=_same_reference
+        extra_args=_reference, agreeing=_same_reference, needs_matrix=True
     ),
-    "measure_gain": _captured(_measure_gain),
+    "measure_gain": _captured(_measure_gain)._replace(needs_matrix=True),
     "mix_replay": _captured(_mix_replay)._replace(extra_args=_replay),
     "multi_steps": Entry(_multi_steps),
-    "project": _captured(_project),
-    "protect": _captured(_protect_links),
+    "project": _captured(_project)._replace(needs_matrix=True),
+    "protect": _captured(_protect_links)._replace(needs_matrix=True),
     "rescale_by_importance": _captured(_rescale),
     "scale_by_decoupled_adam": _captured(_adam),
     "scale_by_decoupled_adam[raw]": _captured(_adam_raw),
