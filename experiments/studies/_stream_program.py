@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import optax_cl
+from experiments import boundaries
 from experiments.data import Stream
 from experiments.engine import Program
 from experiments.models import byte_lm
@@ -48,8 +49,7 @@ class Settings(NamedTuple):
       steps: Training steps per domain.
       batch: Windows per batch; a replay batch has as many.
       memory: Windows of each finished domain that replay may keep.
-      collect_batches: Batches from which statistics are taken at a boundary, each of
-        twice the windows of a training batch.
+      collect_batches: Batches from which statistics are taken at a boundary.
     """
 
     model: byte_lm.ByteLMConfig
@@ -216,12 +216,12 @@ def make_program(family: Family, settings: Settings) -> Program:
             # As many as the buffer has places for each task: none is ever replaced.
             buffer = replay.reservoir_add(buffer, stored, key)
         keys = jax.random.split(_key(lane, _COLLECT, task), 2)
-        count = 2 * settings.batch * settings.collect_batches
-        windows = draw(data, lane, task, keys[0], count)
-        statistics = optax_cl.collect(
+        shape = settings.collect_batches, settings.batch
+        windows = draw(data, lane, task, keys[0], shape[0] * shape[1])
+        statistics = boundaries.collect(
             opt_state,
             params,
-            jnp.split(windows, settings.collect_batches),
+            windows.reshape(*shape, -1),
             task=task_functions,
             key=keys[1],
         )

@@ -55,7 +55,7 @@ SIZES = {
     "full": Size(byte_lm.FULL, 32, 10_000, 3e-4, b2=0.999, rank=64),
 }
 _CHUNKS_PER_TASK = 5
-_COLLECT_BATCHES = 16  # Each of twice the windows of a training batch.
+_COLLECT_BATCHES = 32
 _EVALUATED_WINDOWS = 256
 _PROBE_WINDOWS = 16
 
