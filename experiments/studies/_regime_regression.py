@@ -116,7 +116,7 @@ def _sample(data, problem, regime, task, key, count):
 
 
 def _evaluate(data, problem, regime, params):
-    error = params["w"] - data.target[problem, regime]
+    error = params["w"][None] - data.target[problem, regime]
     distance = data.mixing[problem, regime] @ error
     return {"loss": 0.5 * jnp.sum(distance**2, axis=(-2, -1))}
 

@@ -12,8 +12,6 @@ from experiments.studies import _regime_regression as regression
 from experiments.studies import _regime_results as results
 from experiments.studies._regime_results import ArmResults, MapResults
 
-_UNIT = {"loss": "loss", "error": "points"}
-
 
 def summarize(folder: Path, config: Any) -> dict:
     """Every number of every map for ``results.json``, seed by seed."""
@@ -62,7 +60,8 @@ def report(folder: Path, config_class: type) -> Report:
             tables.append(_settings_table(maps))
             pictures.append(_settings_figure(maps))
             pictures += [_heat_figure(one, "matched") for one in maps[1:]]
-            tables += [_difference_table(one, "matched") for one in maps[1:]]
+            for one in maps[1:]:
+                tables += [_difference_table(one, "matched"), _rates_table(one)]
     tuning, reported = results.seeds(config)
     summary = (
         f"Every arm runs in every regime at every learning rate, on {len(reported)} "
@@ -110,7 +109,7 @@ def _difference_table(one: MapResults, which: str) -> Table:
         cells = _pairs(_sign(one) * mean, scale * error)
         if name == "vanilla":
             cells = _pairs(*figures.mean_and_error(scale * arm.final))
-        gap = results.difference(arm.final, _oracle(one, which).astype(float))[0]
+        gap = results.difference(arm.final, _oracle(one, which))[0]
         rows.append(
             (
                 name,
@@ -162,18 +161,18 @@ def _oracle_table(one: MapResults, which: str) -> Table:
 
 
 def _rates_table(one: MapResults) -> Table:
+    ends = min(one.map.rates), max(one.map.rates)
     rows = [
-        (name, *(f"{rate:.2g}" for rate in arm.rates))
+        (name, *(f"{rate:.2g}{'*' if rate in ends else ''}" for rate in arm.rates))
         for name, arm in one.matched.items()
     ]
-    ends = f"{min(one.map.rates):.2g} to {max(one.map.rates):.2g}"
     return Table(
         f"{one.map.name}-rates",
         f"{_where(one)}: learning rates chosen on the tuning seeds",
         ("arm", *one.map.regimes),
         rows,
-        f"From a grid of {len(one.map.rates)}, {ends}; a choice at its end might have "
-        "gone on beyond.",
+        f"From {', '.join(f'{rate:.2g}' for rate in one.map.rates)}; a star marks an "
+        "end of this grid, beyond which a better rate may lie.",
     )
 
 
@@ -237,7 +236,7 @@ def _heat_figure(one: MapResults, which: str) -> Figure:
     values = np.hstack([values, values.mean(1, keepdims=True)])
     labels = [*names, "oracle constant"]
     figure, axes = figures.new(
-        width=3.2 + 0.75 * values.shape[1], height=1.5 + 0.3 * len(labels)
+        width=3.2 + 0.75 * values.shape[1], height=1.9 + 0.3 * len(labels)
     )
     columns = [r.replace(" ", "\n") for r in one.map.regimes]
     kind = "final loss" if one.map.measure == "loss" else "error rate"
@@ -248,12 +247,13 @@ def _heat_figure(one: MapResults, which: str) -> Figure:
         [*columns, "mean"],
         x="regime",
         y="arm",
+        title=f"{_where(one)}\n{_rates_words(which)}",
         colour_label=f"{kind} / vanilla's",
         diverging_at=1.0,
     )
     caption = (
         f"Ratio of the mean {kind} over all tasks at the end to plain Adam's; below 1 "
-        "(purple) is better, above 1 (orange) worse."
+        "(orange) is better, above 1 (purple) worse."
     )
     if one.map.part == "regression":
         caption += " Regimes: agreement of the targets, and overlap rho of the inputs."

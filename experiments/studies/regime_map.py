@@ -17,6 +17,7 @@ the matched results learning rate) of each regime, chosen on the reporting seeds
 """
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +51,9 @@ class Config:
         (8, 32), minimum=1, maximum=40, help="regression: ranks, one map each"
     )
     rates: tuple[float, ...] = field(
-        (5e-4, 1.5e-3, 4e-3, 1e-2), minimum=1e-9, help="regression: learning rates"
+        (1e-4, 4e-4, 1.5e-3, 4e-3, 1e-2),
+        minimum=1e-9,
+        help="regression: learning rates",
     )
     fixed_rate: float = field(4e-3, help="regression: the one of the fixed results")
     digit_steps: int = field(200, minimum=1, help="digits: steps per task")
@@ -69,7 +72,7 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Refuses seeds in two roles and a fixed rate that is not run."""
+    """Refuses seeds in two roles, a fixed rate that is not run, and missing images."""
     tuning, reporting_seeds = results.seeds(config)
     if both := sorted(set(tuning) & set(reporting_seeds)):
         raise ValueError(
@@ -83,6 +86,16 @@ def check(config: Config) -> None:
         if rate not in rates:
             flag = name.replace("_", "-")
             raise ValueError(f"`--{flag}` must be one of {rates}; got {rate}.")
+    for name in ("parts", "steps", "ranks", "rates", "digit_ranks", "digit_rates"):
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            flag = name.replace("_", "-")
+            raise ValueError(f"`--{flag}` names a value twice: {values}.")
+    if "digits" in config.parts and importlib.util.find_spec("sklearn") is None:
+        raise ValueError(
+            "the part `digits` takes its images from scikit-learn, which is not "
+            "installed: `pip install scikit-learn`, or run `--parts regression`."
+        )
 
 
 def run(config: Config, folder: Path, context: engine.Context) -> dict:
