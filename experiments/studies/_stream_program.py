@@ -111,7 +111,20 @@ class Carry(NamedTuple):
 
 
 def make_data(stream: Stream, context: int, windows: int, probe_windows: int) -> Data:
-    """Arrays of a stream, with held-out windows spread evenly over each domain."""
+    """Arrays of a stream, with held-out windows spread evenly over each domain.
+
+    Args:
+      stream: The text.
+      context: Bytes the model sees.
+      windows: Held-out windows of each domain, or as many as the shortest holds.
+      probe_windows: Those of them on which the first domain is followed.
+
+    Returns:
+      ``Data``.
+    """
+    fitting = min(len(text) for text in stream.heldout) // (context + 1)
+    windows = max(1, min(windows, fitting))
+    probe_windows = min(windows, probe_windows)
     longest = max(len(text) for text in stream.train)
     train = np.zeros([len(stream.names), longest], np.uint8)
     for row, text in zip(train, stream.train, strict=True):
@@ -231,8 +244,13 @@ def make_program(family: Family, settings: Settings) -> Program:
 
     def evaluate(data, lane, carry):
         windows = data.heldout[lane.order]
-        losses = jax.lax.map(lambda w: loss(carry.params, w), windows)
-        return {"loss": losses}
+        flat = windows.reshape(-1, windows.shape[-1])
+        losses = jax.lax.map(
+            lambda window: loss(carry.params, window[None]),
+            flat,
+            batch_size=2 * settings.batch,
+        )
+        return {"loss": losses.reshape(windows.shape[:2]).mean(1)}
 
     return Program(
         name=family.name,

@@ -133,6 +133,7 @@ def _perplexity_table(results: dict[str, ArmResults]) -> Table:
         rows.append(
             (
                 name,
+                r.arm.second_moment,
                 _cell(ppl.final),
                 _cell(ppl.forgetting) if not r.arm.joint else None,
                 _cell(ppl.learning) if not r.arm.joint else None,
@@ -141,7 +142,7 @@ def _perplexity_table(results: dict[str, ArmResults]) -> Table:
     return Table(
         "perplexities",
         "Perplexities per byte (mean ± standard error over seeds)",
-        ("arm", "final", "forgetting", "right after learning"),
+        ("arm", "second_moment", "final", "forgetting", "right after learning"),
         rows,
         "Means of perplexities are ruled by the worst domain; read the nats first.",
     )
@@ -150,7 +151,7 @@ def _perplexity_table(results: dict[str, ArmResults]) -> Table:
 def _meter_tables(results: dict[str, ArmResults]) -> list[Table]:
     shown = [m for m in _METERS if any(m in r.curves for r in results.values())]
     rows = [
-        (name, *(_cell(r.meter(meter)) for meter in shown))
+        (name, r.arm.second_moment, *(_cell(r.meter(meter)) for meter in shown))
         for name, r in results.items()
         if any(meter in r.curves for meter in shown)
     ]
@@ -159,7 +160,7 @@ def _meter_tables(results: dict[str, ArmResults]) -> list[Table]:
     table = Table(
         "meters",
         "Inside the optimizer (mean over the steps after the first domain)",
-        ("arm", *(_METERS[meter] for meter in shown)),
+        ("arm", "second_moment", *(_METERS[meter] for meter in shown)),
         rows,
     )
     return [table]

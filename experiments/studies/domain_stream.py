@@ -52,7 +52,8 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(byte_lm.SMALL, 8, 250, 4e-3, b2=0.99, rank=8),
-    "full": Size(byte_lm.FULL, 32, 10_000, 3e-4, b2=0.999, rank=64),
+    # Made for text of your own: mini8 would be read a hundred times over.
+    "full": Size(byte_lm.FULL, 32, 2_000, 3e-4, b2=0.999, rank=64),
 }
 _CHUNKS_PER_TASK = 5
 _COLLECT_BATCHES = 32

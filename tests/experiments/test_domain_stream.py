@@ -272,6 +272,24 @@ def test_every_family_builds_with_traced_numbers_and_keeps_its_state(name, array
     assert set(recorded) == {"loss", "first_domain", *family.meters}
 
 
+def test_the_full_size_traces_without_being_allocated(stream):
+    size = study.SIZES["full"]
+    settings = study._settings(study.Config(size="full", domains=3), stream, 3)
+    assert settings.model == byte_lm.FULL
+    arrays = program.make_data(stream, size.model.context, 256, 16)
+    assert arrays.heldout.shape[1:] == (1, 1025), "no more windows than fit"
+    functions = program.make_program(arms.FAMILIES["constant-max"], settings)
+    lane = jax.tree.map(lambda x: x[0], lanes(0.5))
+
+    def once(arrays, lane):
+        carry = functions.init(arrays, lane)
+        return functions.step(arrays, lane, carry, jnp.int32(1), jnp.int32(0))
+
+    carry, recorded = jax.eval_shape(once, arrays, lane)
+    assert sum(p.size for p in jax.tree.leaves(carry.params)) > 8.5e7
+    assert recorded["loss"].shape == ()
+
+
 # The measures, on numbers made by hand.
 
 
