@@ -3,6 +3,9 @@
 from optax_cl import metrics as metrics
 from optax_cl._core.matrices import MatrixView as MatrixView
 from optax_cl._core.matrices import matrix_views as matrix_views
+from optax_cl._core.schema import check_schema as check_schema
+from optax_cl._core.schema import schema as schema
+from optax_cl._core.sharding import state_sharding as state_sharding
 from optax_cl._core.tasks import Statistics as Statistics
 from optax_cl._core.tasks import Task as Task
 from optax_cl._core.tasks import begin_task as begin_task

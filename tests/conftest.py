@@ -6,9 +6,9 @@ import os
 # the runtime's thread pool, one thread a core, is smaller than the number of devices.
 os.environ.setdefault("NPROC", "64")
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import jax
+import pytest
 
 # On the CPU, whatever the machine has, unless the environment asks for another.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")

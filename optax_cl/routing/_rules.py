@@ -227,7 +227,8 @@ def balance(kappa: jax.typing.ArrayLike = 1.0) -> Rule:
     have a Fisher that is too small, and want kappa of 3 to 10.
 
     Args:
-      kappa: Weight of the old tasks, at least 0; infinity is a ratchet of strength 1.
+      kappa: Weight of the old tasks, at least 0; the larger, the nearer a ratchet of
+        strength 1.
 
     Returns:
       A ``Rule``.
