@@ -59,7 +59,6 @@ CORE = (
     "max 0.75",
     "post 0.9",
     "ratchet 0.75",
-    "balance 0.3",
     "balance 1",
     "spring 1",
 )

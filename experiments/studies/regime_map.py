@@ -38,7 +38,7 @@ class Config:
     parts: tuple[Literal["regression", "digits"], ...] = field(
         ("regression", "digits"), help="which benchmarks to run"
     )
-    seeds: int = field(12, quick=4, minimum=2, help="seeds that are reported")
+    seeds: int = field(12, quick=3, minimum=2, help="seeds that are reported")
     first_seed: int = field(1000, minimum=0, help="the first of them")
     tuning_seeds: int = field(
         5, quick=2, minimum=1, help="seeds that choose learning rates"
@@ -51,7 +51,8 @@ class Config:
         (8, 32), minimum=1, maximum=40, help="regression: ranks, one map each"
     )
     rates: tuple[float, ...] = field(
-        (1e-4, 4e-4, 1.5e-3, 4e-3, 1e-2),
+        (4e-5, 1e-4, 4e-4, 1.5e-3, 4e-3, 1e-2),
+        quick=(1e-4, 4e-4, 1.5e-3, 4e-3, 1e-2),
         minimum=1e-9,
         help="regression: learning rates",
     )

@@ -9,7 +9,7 @@ import pytest
 import optax_cl
 from experiments import boundaries, claims, cli, engine, run_folder
 from experiments.studies import _regime_arms as arms
-from experiments.studies import _regime_claims as regime_claims
+from experiments.studies import _regime_claim_parts as claim_parts
 from experiments.studies import _regime_digits as digits
 from experiments.studies import _regime_program as program
 from experiments.studies import _regime_regression as regression
@@ -475,7 +475,7 @@ def test_every_claim_has_a_verdict_and_the_worst_regime_counts():
         for name, final in (("vanilla", base), ("balance 1", worse))
     }
     loaded = results.MapResults(one, made, made, base, base)
-    claim = regime_claims._never_worse(loaded, "balance 1")
+    claim = claim_parts.never_worse(loaded, "balance 1")
     assert claim.verdict == "not reproduced"
     assert claim.measured == pytest.approx(0.515)
     assert one.regimes[3] in claim.note
