@@ -24,8 +24,8 @@ _SHOWN = 6  # Curves in one figure.
 
 def summarize(folder: Path, arms: Sequence[Arm]) -> dict:
     """Every measure of every arm and seed, for ``results.json``."""
-    results = measured.load(folder, arms)
-    return {
+    results, diverged = measured.split_diverged(measured.load(folder, arms))
+    return {name: {"diverged_seeds": r.diverged} for name, r in diverged.items()} | {
         name: {
             "routing": r.arm.routing,
             "second_moment": r.arm.second_moment,
@@ -45,10 +45,10 @@ def summarize(folder: Path, arms: Sequence[Arm]) -> dict:
 
 def report(folder: Path, arms: Sequence[Arm]) -> Report:
     """Everything a reader gets to see."""
-    results = measured.load(folder, arms)
+    results, diverged = measured.split_diverged(measured.load(folder, arms))
     stream = run_folder.read_json(folder / "stream.json")
     tables = [
-        _loss_table(results),
+        _loss_table(results, diverged),
         _perplexity_table(results),
         *_meter_tables(results),
         _divergence_table(stream),
@@ -80,7 +80,9 @@ def _difference(results: dict[str, ArmResults], name: str, measure: str):
     return tuple(metrics.paired_difference(ours, theirs))
 
 
-def _loss_table(results: dict[str, ArmResults]) -> Table:
+def _loss_table(
+    results: dict[str, ArmResults], diverged: dict[str, ArmResults]
+) -> Table:
     controlled = measured.has_learning_rates(results)
     rows = []
     for name, r in results.items():
@@ -103,6 +105,16 @@ def _loss_table(results: dict[str, ArmResults]) -> Table:
                 _cell(r.stability_gap) if sequential else None,
             )
         )
+    rows += [
+        (
+            name,
+            r.arm.routing,
+            r.arm.second_moment,
+            f"diverged on {r.diverged} of {len(r.matrix)} seeds",
+            *[None] * 7,
+        )
+        for name, r in diverged.items()
+    ]
     return Table(
         "losses",
         "Losses in nats per byte (mean ± standard error over seeds)",

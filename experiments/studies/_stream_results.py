@@ -19,6 +19,11 @@ class ArmResults(NamedTuple):
     curves: dict[str, np.ndarray]  # per-step curves, each [S, T * steps]
 
     @property
+    def diverged(self) -> int:
+        """Seeds on which some loss is not finite."""
+        return int((~np.isfinite(self.matrix)).any((1, 2)).sum())
+
+    @property
     def final(self) -> np.ndarray:
         """Mean loss over all domains at the end, ``[S]``."""
         return metrics.average_accuracy(self.matrix)
@@ -100,6 +105,23 @@ def _one(arrays, arm, index, count):
     }
     matrix = own(arrays["evaluate/loss"]).astype(np.float64)
     return ArmResults(arm, matrix, curves)
+
+
+def split_diverged(
+    results: dict[str, ArmResults],
+) -> tuple[dict[str, ArmResults], dict[str, ArmResults]]:
+    """Arms that are finite on all seeds, and those that are not.
+
+    Raises:
+      RunError: If vanilla is not, since everything is measured against it.
+    """
+    if "vanilla" in results and results["vanilla"].diverged:
+        raise run_folder.RunError(
+            "plain Adam diverged, so there is nothing to compare with; run again with "
+            "a lower --learning-rate in a new folder."
+        )
+    sound = {name: r for name, r in results.items() if not r.diverged}
+    return sound, {name: r for name, r in results.items() if r.diverged}
 
 
 def learning_rate_matched(results: dict[str, ArmResults], name: str) -> np.ndarray:

@@ -22,6 +22,7 @@ learning loss; every arm is compared with that curve at its own learning loss.
 """
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -128,11 +129,12 @@ def chosen_arms(names: tuple[str, ...]) -> tuple[arms.Arm, ...]:
     wanted = ["vanilla"]
     for name in names:
         wanted += groups.get(name, (name,))
-    if unknown := sorted(set(wanted) - set(arms.ARMS)):
-        raise ValueError(
-            f"`--arms` knows no {unknown[0]!r}; there are the groups "
-            f"{', '.join(groups)} and the arms {', '.join(arms.ARMS)}."
-        )
+    for name in wanted:
+        if name not in arms.ARMS:
+            known = [*groups, *arms.ARMS]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else ", ".join(known)
+            raise ValueError(f"`--arms` knows no {name!r}; {hint}")
     return tuple(arms.ARMS[name] for name in dict.fromkeys(wanted))
 
 

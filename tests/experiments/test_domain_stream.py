@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, data, engine
+from experiments import cli, data, engine, run_folder
 from experiments.models import byte_lm
 from experiments.studies import _stream_arms as arms
 from experiments.studies import _stream_claims as claims
@@ -221,7 +221,7 @@ def test_orders_derive_from_the_seed_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arms": ("vanila",)}, "knows no 'vanila'"),
+        ({"arms": ("vanila",)}, "knows no 'vanila'; did you mean 'vanilla'"),
         ({"domains": 1}, "`--domains` must be 0 or from 2 to 8"),
         ({"domains": 9}, "`--domains` must be 0 or from 2 to 8"),
         ({"stream": "nowhere"}, "There is no stream 'nowhere'"),
@@ -368,6 +368,18 @@ def test_the_learning_rate_control_needs_another_rate():
     results = with_learning_rates(2.0)
     assert measured.has_learning_rates(results)
     assert not measured.has_learning_rates({"vanilla": results["vanilla"]})
+
+
+def test_an_arm_that_diverged_is_set_apart_and_a_diverged_vanilla_is_an_error():
+    results = with_learning_rates(2.0)
+    results["max-0.5"].matrix[1, 2, 0] = np.nan
+    sound, diverged = measured.split_diverged(results)
+    assert list(diverged) == ["max-0.5"]
+    assert diverged["max-0.5"].diverged == 1
+    assert len(sound) == len(results) - 1
+    results["vanilla"].matrix[0, 1, 1] = np.inf
+    with pytest.raises(run_folder.RunError, match="lower --learning-rate"):
+        measured.split_diverged(results)
 
 
 # The verdicts.
