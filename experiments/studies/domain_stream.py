@@ -8,6 +8,11 @@ less is not mistaken for forgetting less?
 from scratch with Adam (b2 = 0.99), whose state is carried from domain to domain; the
 learning rate decays linearly to zero within each domain.
 
+**Boundaries.** The stream tells when a domain ends. There 32 batches of it give what a
+method asks for: gradients with labels drawn from the model span the protected subspace
+(8 directions on the fan-in side of every kernel, all finished domains together) and
+give the curvature in it; 256 windows give EWC's Fisher. Adam's state is kept.
+
 **Stream.** Each seed draws an order of the domains and a new model. All arms of one
 seed see the same order and the same batches, so differences to plain Adam ("vanilla")
 are taken seed by seed.
@@ -16,6 +21,9 @@ are taken seed by seed.
 final loss, forgetting (final minus best loss before the last domain, mean over all
 domains but the last), and the loss right after learning each domain: a method that
 learns less forgets less, so the first two mean nothing without the third.
+
+**Choices.** Strengths .25 to 1 and kappa = 1 are set, not tuned. The share of replay
+and the weight of EWC were chosen by final loss on seeds that are never reported.
 
 **Controls.** Vanilla with other learning rates gives a curve of final loss over
 learning loss; every arm is compared with that curve at its own learning loss.
@@ -75,7 +83,7 @@ class Config:
     seeds: int = field(5, quick=2, minimum=2, maximum=1_000_000, help="number of seeds")
     first_seed: int = field(0, minimum=0, maximum=999_999, help="the first seed")
     domains: int = field(
-        0, quick=4, minimum=0, help="domains that each seed visits; 0: all"
+        0, quick=4, minimum=0, help="most domains that a seed visits; 0: all"
     )
     size: Literal["small", "full"] = field(
         "small", help="small: two CPU cores; full: a GPU (12 layers of width 768)"
@@ -102,10 +110,9 @@ def check(config: Config) -> None:
             f"the seeds kept for tuning, {TUNING_SEEDS.start} and up."
         )
     stream = data.load_stream(config.stream)
-    if config.domains == 1 or config.domains > len(stream.names):
+    if config.domains == 1:
         raise ValueError(
-            f"`--domains` must be 0 or from 2 to {len(stream.names)}, the number of "
-            f"domains of {config.stream!r}; got {config.domains}."
+            "`--domains` must be 0 or at least 2: with one domain nothing is forgotten."
         )
     model = SIZES[config.size].model
     narrowest = min(model.width, model.hidden)
@@ -140,7 +147,7 @@ def chosen_arms(names: tuple[str, ...]) -> tuple[arms.Arm, ...]:
 
 def orders(config: Config, num_domains: int) -> np.ndarray:
     """Each seed's order of domains, ``[seeds, domains]``, from the seed alone."""
-    count = config.domains or num_domains
+    count = min(config.domains or num_domains, num_domains)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     return np.stack(
         [np.random.default_rng(seed).permutation(num_domains)[:count] for seed in seeds]
