@@ -66,7 +66,8 @@ def compare(step: Step, base: Step, *, pairs: int, warmup: int = 3) -> Ratio:
       The ratio's median and quartiles over pairs.
     """
     times: list[list[float]] = [[], []]
-    carries = [step.carry, base.carry]
+    # Copies: a step may be compared more than once, and donates what it is given.
+    carries = [jax.tree.map(jax.numpy.copy, s.carry) for s in (step, base)]
     runs = [step.run, base.run]
     for i in range(warmup + pairs):
         # The order alternates, so that neither always follows the other.

@@ -20,9 +20,11 @@ def map_matrices(
     function: Callable[[chex.Array, MatrixView], Any],
     tree: chex.ArrayTree,
 ) -> chex.ArrayTree:
-    """Maps over the leaves that have a matrix view; ``MaskedNode`` elsewhere."""
+    """Maps over floating-point leaves with a matrix view; ``MaskedNode`` elsewhere."""
 
     def one(path, leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return optax.MaskedNode()
         view = views(checks.path_str(path), jnp.shape(leaf))
         return optax.MaskedNode() if view is None else function(leaf, view)
 

@@ -195,7 +195,11 @@ def protect(
 
         def zeros(shape_of):
             return subspaces.map_matrices(
-                settings.views, lambda p, view: jnp.zeros(shape_of(p, view)), params
+                settings.views,
+                lambda p, view: jnp.zeros(
+                    shape_of(p, view), trees.importance_dtype(p.dtype)
+                ),
+                params,
             )
 
         def basis_shape(p, view):
@@ -451,19 +455,19 @@ def _check_ranks(settings: ProtectSettings, params: chex.ArrayTree) -> None:
             "skips, are left alone."
         )
 
-    def check(path, p):
-        view = settings.views(checks.path_str(path), jnp.shape(p))
-        if view is not None:
-            fan_in = matrix_shape(view, jnp.shape(p))[-2]
-            if settings.rank > fan_in:
-                raise ValueError(
-                    f"`rank` is {settings.rank}, but the leaf "
-                    f"`{checks.path_str(path)}` of shape {jnp.shape(p)} has a fan-in "
-                    f"of {fan_in}. Lower `rank`, or leave the leaf unprotected with "
-                    "`matrices=optax_cl.matrix_views(skip=...)`."
-                )
-
-    jax.tree_util.tree_map_with_path(check, params)
+    for (path, p), view in zip(
+        jax.tree_util.tree_leaves_with_path(params), views, strict=True
+    ):
+        if view is None:
+            continue
+        fan_in = matrix_shape(view, jnp.shape(p))[-2]
+        if settings.rank > fan_in:
+            raise ValueError(
+                f"`rank` is {settings.rank}, but the leaf `{checks.path_str(path)}` of "
+                f"shape {jnp.shape(p)} has a fan-in of {fan_in}. Lower `rank`, or "
+                "leave the leaf unprotected with "
+                "`matrices=optax_cl.matrix_views(skip=...)`."
+            )
 
 
 # --- Task boundary -------------------------------------------------------------------

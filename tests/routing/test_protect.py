@@ -717,3 +717,14 @@ def test_strength_can_be_vmapped_and_injected():
     np.testing.assert_allclose(basis.T @ tx.update(g, state, g)[0], 0.0, atol=1e-6)
     state = optax.tree.set(state, strength=jnp.float32(0.0))
     np.testing.assert_allclose(tx.update(g, state, g)[0], g, rtol=1e-6)
+
+
+def test_integer_matrices_are_left_alone_and_bases_keep_their_dtype(x64):
+    params = {
+        "table": jnp.zeros((4, 3), jnp.int32),
+        "w": jnp.ones((4, 3), jnp.bfloat16),
+        "v": jnp.ones((4, 3), jnp.float32),
+    }
+    state = optax_cl.protect(2, optax_cl.attenuate()).init(params)
+    assert isinstance(state.basis["table"], optax.MaskedNode)
+    assert state.basis["w"].dtype == state.basis["v"].dtype == jnp.float32
