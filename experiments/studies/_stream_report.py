@@ -211,7 +211,9 @@ def _trade_figure(results: dict[str, ArmResults]) -> Figure:
         zorder=1,
         label="vanilla at several learning rates",
     )
-    for index, (name, (x, y)) in enumerate(places.items()):
+    others = [n for n in places if n not in plain]
+    for name, (x, y) in places.items():
+        index = (plain if name in plain else others).index(name)
         look = figures.style(index)
         at.errorbar(
             x.mean,
@@ -220,6 +222,8 @@ def _trade_figure(results: dict[str, ArmResults]) -> Figure:
             yerr=y.se,
             color="#777777" if name in plain else look["color"],
             marker=look["marker"],
+            # Colours and markers come again after eight arms: hollow the second time.
+            markerfacecolor="white" if index >= len(figures.OKABE_ITO) else None,
             linestyle="none",
             capsize=2,
             label=name,
@@ -312,12 +316,15 @@ def _trace_figures(results: dict[str, ArmResults]) -> list[Figure]:
     if not meters:
         return []
     figure, axes = figures.new(len(meters), width=8.0, height=2.6 * len(meters))
+    shown = [n for n, r in results.items() if "overlap" in r.curves][:_SHOWN]
     for at, meter in zip(axes[:, 0], meters, strict=True):
         series = {}
-        for name, r in results.items():
-            if meter in r.curves and len(series) < _SHOWN:
-                mean, error = figures.mean_and_error(r.curves[meter])
-                series[name] = (np.arange(len(mean)), mean, error)
+        for name in shown:
+            curves = results[name].curves
+            # An arm without this meter keeps its place, and so all keep their colours.
+            nothing = np.full_like(curves["overlap"], np.nan)
+            mean, error = figures.mean_and_error(curves.get(meter, nothing))
+            series[name] = (np.arange(len(mean)), mean, error)
         figures.lines(at, series, x="training step", y=_METERS[meter])
         at.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     return [
