@@ -195,7 +195,7 @@ def fisher_diagonal(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from optax_cl._core import tasks
-      >>> from optax_cl._core.statistics import fisher_diagonal
+      >>> from optax_cl.penalties import fisher_diagonal
       >>> task = tasks.classification(lambda p, b: b[0] @ p, lambda b: b[1])
       >>> batches = [(jnp.array([[1.0, 2.0]]), jnp.array([0]))]
       >>> fisher = fisher_diagonal(

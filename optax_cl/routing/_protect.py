@@ -267,11 +267,12 @@ def attenuate(
     decoupled moments an axis-aligned direction moves (1 - a) times as far as under
     plain Adam, with shared moments just as far as if it were not there. After the
     moments it acts on the update (``post``): U^T u shrinks by exactly (1 - a). With a
-    basis that is not axis-aligned, only ``post`` is exact: at a = 1 and before the
-    moments, a fifth of the displacement's energy was still inside the subspace in our
-    rotated test (s = .3), 0 after them. Gates read the raw gradient, and scale what
-    arrives, so they mean the same on both sides of the learning rate; ``spring`` adds,
-    and belongs before it.
+    basis that is not axis-aligned, only ``post`` is exact: at a = 1, the study
+    ``alpha_sweep`` finds 6 % (shared), 7 to 13 % (max) and 15 to 18 % (raw) of the
+    updates' energy still inside the subspace, against 1e-13 after the moments. The
+    wider the coordinates' scales are spread, the worse. Gates read the raw gradient,
+    and scale what arrives, so they mean the same on both sides of the learning rate;
+    ``spring`` adds, and belongs before it.
 
     Args:
       strength: A number in [0, 1], an Optax schedule, or a rule (``constant``,

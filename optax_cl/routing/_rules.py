@@ -116,8 +116,9 @@ def one_minus(
       \bar s_t = \beta_s \bar s_{t-1} + (1-\beta_s) s_t, \qquad
       a_t = a_{\max} (1 - \bar s_t)
 
-    It switches protection off exactly where overlap is high, and in every comparison we
-    ran it was near the bottom; it is here to reproduce the paper's setting. The average
+    It switches protection off exactly where overlap is high. In our studies it gains
+    nothing on text domains, next to nothing on digit streams, and is in the middle of
+    the field on regression; it is here to reproduce the paper's setting. The average
     starts at zero after every boundary, so protection starts at ``a_max``.
 
     Args:
@@ -224,7 +225,7 @@ def balance(kappa: jax.typing.ArrayLike = 1.0) -> Rule:
     It is EWC restricted to the span of U, in an eigenbasis, clipped so that it can only
     attenuate; we claim no novelty. ``kappa=1`` has that meaning where curvature has
     Hessian units, as ``protect`` estimates it; classifiers that fit their training data
-    have a Fisher that is too small, and want kappa of 3 to 10.
+    have a Fisher that is too small, and want kappa of 10 or more.
 
     Args:
       kappa: Weight of the old tasks, at least 0; the larger, the nearer a ratchet of
