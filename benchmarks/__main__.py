@@ -285,7 +285,7 @@ def _row(what, ratio, budget, counts, band) -> Row:
     )
     if band is not None:
         share = counts.gigabytes * 1e9 / ratio.seconds / band
-        note += f"; {share:.0%} of a copy's bandwidth"
+        note += f"; {share:.0%} of the bandwidth of scaling in place"
     return Row(
         what,
         f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
