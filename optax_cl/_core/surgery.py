@@ -11,7 +11,12 @@ from optax_cl._core import checks, trees
 
 
 def project_conflict(
-    g: chex.ArrayTree, ref: chex.ArrayTree, *, granularity: str = "global"
+    g: chex.ArrayTree,
+    ref: chex.ArrayTree,
+    *,
+    granularity: str = "global",
+    strength: chex.Numeric = 1.0,
+    gate: str = "conflict",
 ) -> chex.ArrayTree:
     r"""Removes from ``g`` what works against ``ref``, if anything does.
 
@@ -22,7 +27,9 @@ def project_conflict(
         \operatorname{argmin}_v \|v - g\|^2 \ \text{s.t.}\ \langle v, r\rangle \ge 0
         \;=\; g - \frac{\min(\langle g, r\rangle, 0)}{\langle r, r\rangle}\, r
 
-    Only the direction of ``ref`` matters, not its length. ``g`` comes back bit for bit
+    A ``strength`` c under 1 takes that share of the step, which leaves
+    :math:`(1-c)\langle g, r\rangle`. Only the direction of ``ref`` matters, not its
+    length. ``g`` comes back bit for bit
     where it does not conflict, and where ``ref`` gives no direction to protect: it is
     zero, it (or ``g``) is not finite, or it is so small that float32 cannot hold its
     square (a norm under about ``3.4e-18 * sqrt(size)``).
@@ -34,12 +41,16 @@ def project_conflict(
       granularity: ``"global"`` takes one inner product over the whole tree; ``"leaf"``
         projects every leaf by itself, which implies the global constraint and removes
         more.
+      strength: Share c of the conflict to remove, ``[]``; in [0, 1] where concrete.
+      gate: ``"conflict"`` acts where the inner product is negative; ``"always"`` takes
+        the component along ``ref`` out whatever its sign (as OGD does).
 
     Returns:
       A tree with the structure, shapes and dtypes of ``g``.
 
     Raises:
-      ValueError: If the structures or shapes differ, or ``granularity`` is unknown.
+      ValueError: If the structures or shapes differ, ``granularity`` or ``gate`` is
+        unknown, or ``strength`` lies outside [0, 1].
       TypeError: If a leaf is not a real floating-point array.
 
     Example:
@@ -54,9 +65,13 @@ def project_conflict(
     checks.check_same_shapes("ref", ref, g, "`g`")
     check_floating("g", g)
     check_floating("ref", ref)
-    if granularity == "leaf":
-        return jax.tree.map(_project_jointly, g, ref)
-    return _project_jointly(g, ref)
+    checks.check_choice("gate", gate, ("conflict", "always"))
+    checks.check_number("strength", strength, low=0.0, high=1.0)
+
+    def project(g, ref):
+        return _project_jointly(g, ref, strength, gate)
+
+    return jax.tree.map(project, g, ref) if granularity == "leaf" else project(g, ref)
 
 
 def check_floating(name: str, tree: Any) -> None:
@@ -75,7 +90,9 @@ def check_floating(name: str, tree: Any) -> None:
     jax.tree_util.tree_map_with_path(check, tree)
 
 
-def _project_jointly(g: chex.ArrayTree, ref: chex.ArrayTree) -> chex.ArrayTree:
+def _project_jointly(
+    g: chex.ArrayTree, ref: chex.ArrayTree, strength: chex.Numeric, gate: str
+) -> chex.ArrayTree:
     """Projects with one inner product over all leaves of ``g``."""
     dot, squared = trees.vdot(g, ref), trees.squared_norm(ref)
     # Squares below the smallest normal number are flushed to zero, so the squared norm
@@ -88,9 +105,10 @@ def _project_jointly(g: chex.ArrayTree, ref: chex.ArrayTree) -> chex.ArrayTree:
     # copies cheap scalar expressions into the loop of every leaf, and a sum over all
     # leaves in each of them makes compile time quadratic (a minute for 200 leaves). A
     # division is not copied.
-    coefficient = jnp.minimum(dot, 0.0) / jnp.where(has_direction, squared, jnp.inf)
+    removed = strength * (jnp.minimum(dot, 0.0) if gate == "conflict" else dot)
+    coefficient = removed / jnp.where(has_direction, squared, jnp.inf)
     # Not finite: dot or squared norm overflowed, or an input was not finite.
-    conflict = (coefficient < 0) & (coefficient > -jnp.inf)
+    conflict = (coefficient != 0) & jnp.isfinite(coefficient)
 
     def project(g_leaf, ref_leaf):
         projected = g_leaf - coefficient * jnp.asarray(ref_leaf, coefficient.dtype)

@@ -142,8 +142,9 @@ class PassInput(NamedTuple):
     batch: chex.ArrayTree  # [B, ...]
     weights: chex.Array  # float32 [B], 0 for padding, else 1
     key: chex.PRNGKey
-    task: Task  # its functions take `params` as given here
+    task: Task  # its functions take `params` as given here, and `frozen=`
     earlier: dict[str, Any]  # results of this method's earlier passes
+    frozen: Any = None  # what `collect` got as `frozen`
 
 
 class Pass(NamedTuple):
@@ -729,8 +730,14 @@ def _join(trainable, hidden):
 
 
 def _bind(task: Task, hidden: Any, frozen: Any) -> Task:
+    """The task's functions of the trainable leaves alone.
+
+    A pass may give another ``frozen``, to differentiate with respect to it: the memory
+    of an adapter method lives on the weights under the adapters.
+    """
+
     def bind(function):
-        def bound(trainable, *args):
+        def bound(trainable, *args, frozen=frozen):
             params = _join(trainable, hidden)
             return function(params if frozen is None else (params, frozen), *args)
 
@@ -769,6 +776,7 @@ def _step(
             key=key,
             task=task,
             earlier=earlier[name],
+            frozen=frozen,
         )
         new[name] = p.step(accs[name], data)
     return new, num_examples + weights.sum()

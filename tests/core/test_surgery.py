@@ -258,3 +258,28 @@ def test_bad_arguments_are_named():
         surgery.project_conflict({"w": jnp.ones([2], jnp.int32)}, g)
     with pytest.raises(TypeError, match=r"`ref`.*complex64.*split_real_and_imaginary"):
         surgery.project_conflict(g, {"w": jnp.ones([2], jnp.complex64)})
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 0.75])
+def test_a_strength_leaves_its_complement_of_the_conflict(strength):
+    g, ref = tree(3), tree(4)
+    dot = flat(g) @ flat(ref)
+    g = jax.tree.map(lambda x: -jnp.sign(dot) * x, g)  # conflicting, whatever the draw
+    out = surgery.project_conflict(g, ref, strength=strength)
+    np.testing.assert_allclose(
+        flat(out) @ flat(ref), -(1 - strength) * abs(dot), rtol=1e-5
+    )
+
+
+def test_the_gate_always_removes_agreement_too():
+    g, ref = tree(3), tree(4)
+    for sign in (1.0, -1.0):
+        signed = jax.tree.map(lambda x, sign=sign: sign * x, g)
+        out = surgery.project_conflict(signed, ref, gate="always")
+        scale = np.linalg.norm(flat(g)) * np.linalg.norm(flat(ref))
+        assert abs(flat(out) @ flat(ref)) < 1e-6 * scale
+
+
+def test_a_strength_outside_the_unit_interval_is_refused():
+    with pytest.raises(ValueError, match=r"`strength` must be .* \[0, 1\]; got 1.5"):
+        surgery.project_conflict(tree(0), tree(1), strength=1.5)
