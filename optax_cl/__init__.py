@@ -1,5 +1,6 @@
 """Continual learning as Optax gradient transformations."""
 
+from optax_cl import lora as lora
 from optax_cl import metrics as metrics
 from optax_cl._core.matrices import MatrixView as MatrixView
 from optax_cl._core.matrices import matrix_views as matrix_views
