@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_cl
-from optax_cl import penalties, testing
+from optax_cl import lora, penalties, testing
 
 Schedulable = optax.ScalarOrSchedule
 
@@ -226,6 +226,27 @@ def _multi_steps(b1=0.9):
     return optax_cl.multi_steps(optax_cl.chain(*_adam(b1)), 1)
 
 
+# Every matrix of the contract's parameters serves as the factor of an adapter.
+FACTORS = "kernel|matrix|<root>"
+
+
+def _olora(strength: Schedulable = 0.5):
+    return _descend(lora.olora(strength, capacity=3, factors=FACTORS))
+
+
+def _olora_fro(strength: Schedulable = 0.5):
+    return _descend(
+        lora.olora(
+            strength, capacity=1, penalty="fro", overflow="oldest", factors=FACTORS
+        )
+    )
+
+
+def _olora_project():
+    project = lora.olora_project(capacity=3, factors=FACTORS)
+    return optax_cl.scale_by_decoupled_adam(), project, optax.scale(-LR)
+
+
 # Entries of further settings that only the slow tests hold to the whole contract.
 SLOW = (
     "attenuate[one_minus]",
@@ -258,6 +279,9 @@ ENTRIES: dict[str, Entry] = {
     "measure_gain": _captured(_measure_gain)._replace(needs_matrix=True),
     "mix_replay": _captured(_mix_replay)._replace(extra_args=_replay),
     "multi_steps": Entry(_multi_steps),
+    "olora": _captured(_olora)._replace(needs_matrix=True),
+    "olora[fro]": _captured(_olora_fro)._replace(needs_matrix=True),
+    "olora_project": _captured(_olora_project)._replace(needs_matrix=True),
     "project": _captured(_project)._replace(needs_matrix=True),
     "protect": _captured(_protect_links)._replace(needs_matrix=True),
     "rescale_by_importance": _captured(_rescale),

@@ -18,3 +18,9 @@ from optax_cl.lora._adapters import product as product
 from optax_cl.lora._adapters import replace_kernels as replace_kernels
 from optax_cl.lora._adapters import targets as targets
 from optax_cl.lora._adapters import unmerge as unmerge
+from optax_cl.lora._olora import OloraProjectState as OloraProjectState
+from optax_cl.lora._olora import OloraState as OloraState
+from optax_cl.lora._olora import olora as olora
+from optax_cl.lora._olora import olora_loss as olora_loss
+from optax_cl.lora._olora import olora_project as olora_project
+from optax_cl.lora._olora import project_start as project_start
