@@ -1,0 +1,508 @@
+r"""The geometry of matrices with orthonormal columns.
+
+A point of the Stiefel manifold is a tall matrix X, ``[..., d, r]`` with d >= r and
+:math:`X^\top X = I`; leading axes stack independent points. With ``memory`` M,
+``[..., d, p]``, everything happens in the complement of its columns: points and tangent
+vectors satisfy :math:`M^\top X = 0` too. The columns of M are orthonormal or zero, so
+that a memory of fixed capacity can fill up without a new compilation.
+
+A step on the manifold is ``retract(x, tangent_project(x, step))``, where ``step`` is
+what an optimizer made of ``riemannian_gradient(x, gradient)``. Nothing may come after
+the retraction: whatever scales or shifts its result leaves the manifold.
+
+Half precision is computed in float32 and rounded at the end. A bfloat16 point is
+orthonormal to about 1.5e-3, and small steps vanish in that rounding: keep a float32
+copy where steps matter.
+
+What the caller holds to: ``x`` is orthonormal and off the memory up to rounding;
+a factor stored wide, ``[r, d]``, is transposed before it comes here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from optax_cl._core import checks
+from optax_cl._core.linalg import PRECISION
+
+METRICS = ("euclidean", "canonical")
+RETRACTIONS = ("polar", "newton_schulz", "qr", "cayley")
+POLARS = ("eigh", "newton_schulz", "svd")
+
+# A Gram matrix squares the condition number. Up to this condition of the Gram matrix
+# one pass is exact to rounding; beyond it the slow path takes over.
+_WELL_CONDITIONED = 100.0
+# Enough for an eigenvalue of rounding size in float64; a few are the rule.
+_MAX_ITERATIONS = 64
+
+_Pass = Callable[[chex.Array, bool], tuple[chex.Array, chex.Array, chex.Array]]
+
+
+def tangent_project(
+    x: chex.Array,
+    z: chex.Array,
+    *,
+    metric: str = "euclidean",
+    memory: chex.Array | None = None,
+) -> chex.Array:
+    r"""Maps a matrix to a tangent vector at ``x``.
+
+    With :math:`Z' = Z - M M^\top Z`,
+
+    .. math::
+
+        \text{euclidean: } Z' - X\,\mathrm{sym}(X^\top Z'), \qquad
+        \text{canonical: } Z' - X Z'^\top X.
+
+    Both are tangent: :math:`X^\top\xi + \xi^\top X = 0` and :math:`M^\top\xi = 0`. The
+    first is the orthogonal projection. The second is *not* a projection: it doubles the
+    rotation inside the span of X, so that twice is not once. (It is how the canonical
+    metric turns a gradient into a Riemannian one; some released code applies it to
+    steps as well.) Both map :math:`X A`, A symmetric, to zero: decoupled weight decay
+    does nothing on the manifold.
+
+    Args:
+      x: Points, ``[..., d, r]``.
+      z: Any matrices, ``[..., d, r]``.
+      metric: ``"euclidean"`` or ``"canonical"``.
+      memory: Directions to stay off, ``[..., d, p]``, or None.
+
+    Returns:
+      Tangent vectors in the dtype of ``z``. Two products with ``x`` and two with
+      ``memory``: ``O(d r (r + p))``.
+
+    Raises:
+      ValueError: For shapes that do not fit, wide matrices or an unknown metric.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_cl.lora import stiefel
+      >>> x = stiefel.random(jax.random.key(0), (6, 2))
+      >>> xi = stiefel.tangent_project(x, jnp.ones((6, 2)))
+      >>> bool(jnp.allclose(x.T @ xi + xi.T @ x, 0, atol=1e-6))
+      True
+    """
+    checks.check_choice("metric", metric, METRICS)
+    _check("x", x, memory)
+    _check_like("z", z, x)
+    x, z, memory, dtype = _widen(x, z, memory)
+    z = _off_memory(z, memory)
+    inner = _mt_n(x, z)
+    if metric == "euclidean":
+        return (z - _mm(x, _sym(inner))).astype(dtype)
+    return (z - _mm(x, _t(inner))).astype(dtype)
+
+
+def riemannian_gradient(
+    x: chex.Array,
+    g: chex.Array,
+    *,
+    metric: str = "euclidean",
+    memory: chex.Array | None = None,
+) -> chex.Array:
+    r"""The Riemannian gradient at ``x`` of a function with Euclidean gradient ``g``.
+
+    The tangent vector :math:`\rho` with :math:`\langle\rho, \xi\rangle_X = \langle g,
+    \xi\rangle` for every tangent :math:`\xi`. The Euclidean metric is :math:`\langle
+    a, b\rangle = \mathrm{tr}(a^\top b)`; the canonical one, :math:`\mathrm{tr}(a^\top
+    (I - \tfrac12 X X^\top)\, b)`, counts a rotation inside the span of X half. Both
+    gradients have the formulas of :func:`tangent_project`, and both are directions of
+    ascent.
+
+    Args:
+      x: Points, ``[..., d, r]``.
+      g: Euclidean gradients, ``[..., d, r]``.
+      metric: ``"euclidean"`` or ``"canonical"``.
+      memory: Directions to stay off, ``[..., d, p]``, or None.
+
+    Returns:
+      Tangent vectors in the dtype of ``g``.
+
+    Raises:
+      ValueError: For shapes that do not fit, wide matrices or an unknown metric.
+
+    References:
+      Edelman et al, `The Geometry of Algorithms with Orthogonality Constraints
+      <https://arxiv.org/abs/physics/9806030>`_, 1998
+    """
+    return tangent_project(x, g, metric=metric, memory=memory)
+
+
+def retract(
+    x: chex.Array,
+    xi: chex.Array,
+    *,
+    method: str = "polar",
+    memory: chex.Array | None = None,
+) -> chex.Array:
+    r"""Moves from ``x`` along the tangent vector ``xi``, back onto the manifold.
+
+    With :math:`Y = X + \xi` (off the memory):
+
+    * ``"polar"``: the nearest point to Y, :math:`Y (Y^\top Y)^{-1/2}`, by an
+      eigendecomposition of the r x r Gram matrix.
+    * ``"newton_schulz"``: the same point in matrix products only, for devices where an
+      eigendecomposition is slow.
+    * ``"qr"``: the Q of Y = Q R with a positive diagonal of R, by a Cholesky
+      factor of the Gram matrix.
+    * ``"cayley"``: :math:`(I - W/2)^{-1} (I + W/2)\, X` with the skew W that has
+      :math:`W X = \xi`, by an r x r solve. It follows the tangent part of ``xi``
+      alone.
+
+    All agree with the geodesic of either metric to first order. To second order polar
+    follows the geodesic of the Euclidean metric, and Cayley that of the canonical one.
+
+    The result is orthonormal to rounding, at every step anew, so that error does not
+    build up over steps; a zero ``xi`` gives ``x``. A tangent ``xi`` never makes Y rank
+    deficient. One that isn't tangent may: the missing directions are then filled in
+    arbitrarily but reproducibly. A point whose step is not finite stays where it is.
+
+    Args:
+      x: Points, ``[..., d, r]``.
+      xi: Tangent vectors, ``[..., d, r]``.
+      method: One of the four.
+      memory: Directions to stay off, ``[..., d, p]`` with ``p + r <= d``, or None.
+
+    Returns:
+      Points in the dtype of ``x``. Two products of ``d r^2`` (six for Cayley), an
+      ``O(r^3)`` part, and two of ``d r p`` with memory. Ill-conditioned input costs
+      about ten times that.
+
+    Raises:
+      ValueError: For shapes that do not fit, wide matrices or an unknown method.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_cl.lora import stiefel
+      >>> x = stiefel.random(jax.random.key(0), (6, 2))
+      >>> xi = stiefel.tangent_project(x, 0.1 * jnp.ones((6, 2)))
+      >>> bool(stiefel.orthonormality_error(stiefel.retract(x, xi)) < 1e-6)
+      True
+      >>> bool(stiefel.orthonormality_error(x + xi) < 1e-6)
+      False
+
+    References:
+      Absil et al, `Optimization Algorithms on Matrix Manifolds
+      <https://press.princeton.edu/absil>`_, 2008
+
+      Wen and Yin, `A Feasible Method for Optimization with Orthogonality Constraints
+      <https://doi.org/10.1007/s10107-012-0584-1>`_, 2013
+    """
+    checks.check_choice("method", method, RETRACTIONS)
+    _check("x", x, memory)
+    _check_like("xi", xi, x)
+    dtype = jnp.result_type(x)
+    x, xi, memory, _ = _widen(x, xi, memory)
+    if method == "cayley":
+        # A Cayley transform is orthogonal, so that it hands on the rounding error of
+        # `x`, which would build up; a polar step takes it away.
+        y, one_pass = _cayley(x, _off_memory(xi, memory)), _PASSES["newton_schulz"]
+    else:
+        y, one_pass = x + xi, _PASSES["eigh" if method == "polar" else method]
+    return _orthonormalize(y, one_pass, memory, otherwise=x).astype(dtype)
+
+
+def polar(
+    y: chex.Array, *, method: str = "eigh", memory: chex.Array | None = None
+) -> chex.Array:
+    r"""The nearest matrix with orthonormal columns, :math:`Y (Y^\top Y)^{-1/2}`.
+
+    Nearest in the Frobenius norm, and unique if Y (off the memory) has full rank. If it
+    has not, the missing directions are filled in arbitrarily but reproducibly, which is
+    still a nearest matrix; one that is not finite counts as zero.
+
+    ``"newton_schulz"`` iterates :math:`Z \leftarrow Z (3 I - Z G Z) / 2` on the Gram
+    matrix G, scaled by a bound of its norm, until it converges. (The quintic of the
+    Muon optimizer is faster and stops at an orthonormality error of about 0.4.)
+
+    Args:
+      y: Matrices, ``[..., d, r]`` with ``d >= r``.
+      method: ``"eigh"``, ``"newton_schulz"`` (matrix products only) or ``"svd"``.
+      memory: Directions to stay off, ``[..., d, p]`` with ``p + r <= d``, or None.
+
+    Returns:
+      Points in the dtype of ``y``.
+
+    Raises:
+      ValueError: For shapes that do not fit, wide matrices or an unknown method.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_cl.lora import stiefel
+      >>> y = jnp.array([[2.0, 0.0], [0.0, -3.0], [0.0, 0.0]])
+      >>> stiefel.polar(y).round(3)
+      Array([[ 1.,  0.],
+             [ 0., -1.],
+             [ 0.,  0.]], dtype=float32)
+    """
+    checks.check_choice("method", method, POLARS)
+    _check("y", y, memory)
+    dtype = jnp.result_type(y)
+    y, _, memory, _ = _widen(y, y, memory)
+    return _orthonormalize(
+        y, _PASSES[method], memory, otherwise=jnp.zeros_like(y)
+    ).astype(dtype)
+
+
+def transport(
+    x_new: chex.Array, z: chex.Array, *, memory: chex.Array | None = None
+) -> chex.Array:
+    """Carries tangent vectors (a first moment) over to ``x_new``, by projection.
+
+    Args:
+      x_new: The points to carry them to, ``[..., d, r]``.
+      z: Tangent vectors at other points, ``[..., d, r]``.
+      memory: Directions to stay off, ``[..., d, p]``, or None.
+
+    Returns:
+      Tangent vectors at ``x_new``, none longer than it was.
+
+    Raises:
+      ValueError: For shapes that do not fit, or wide matrices.
+    """
+    return tangent_project(x_new, z, metric="euclidean", memory=memory)
+
+
+def orthonormality_error(x: chex.Array) -> chex.Array:
+    r"""The largest entry of :math:`|X^\top X - I|` of each matrix, ``[...]``."""
+    _check("x", x, None)
+    x, _, _, _ = _widen(x, x, None)
+    return jnp.max(jnp.abs(_mt_n(x, x) - _eye(x)), axis=(-2, -1))
+
+
+def random(
+    key: chex.PRNGKey,
+    shape: Sequence[int],
+    *,
+    memory: chex.Array | None = None,
+    dtype: Any = jnp.float32,
+) -> chex.Array:
+    """Draws points uniformly (from the Haar measure), off the memory.
+
+    Args:
+      key: A random key.
+      shape: ``[..., d, r]``.
+      memory: Directions to stay off, ``[..., d, p]`` with ``p + r <= d``, or None.
+      dtype: Of the result.
+
+    Returns:
+      Points of the given shape.
+
+    Raises:
+      ValueError: For shapes that do not fit, or a wide one.
+    """
+    compute = jnp.promote_types(dtype, jnp.float32)
+    normal = jax.random.normal(key, tuple(shape), compute)
+    return polar(normal, memory=memory).astype(dtype)
+
+
+def _cayley(x, xi):
+    # With A = skew(X^T xi) and K = xi - X X^T xi, the skew W with W X = X A + K is
+    # P xi X^T - X xi^T P, P = I - X X^T / 2. Woodbury's formula makes of I - W/2 a
+    # system of size 2r whose upper right block is -I/2; eliminating by it leaves
+    #   X' = (2 X + K) (I - A/2 + K^T K / 4)^{-1} - X,
+    # where the symmetric part of the r x r matrix is at least I: no step is singular.
+    inner = _mt_n(x, xi)
+    skew = (inner - _t(inner)) / 2
+    k = xi - _mm(x, inner)
+    system = _eye(x) - skew / 2 + _mt_n(k, k) / 4
+    return _mm(2 * x + k, jnp.linalg.inv(system)) - x
+
+
+def _orthonormalize(y, one_pass: _Pass, memory, *, otherwise):
+    """One pass over ``y`` where it is well conditioned, else several."""
+    coeffs = None if memory is None else _mt_n(memory, y)
+    free = y if memory is None else y - _mm(memory, coeffs)
+    x, low, high = one_pass(free, False)
+    well = high < _WELL_CONDITIONED * low
+    if coeffs is not None:
+        # What rounding leaves in the memory is a share of what was there before.
+        well &= jnp.sum(coeffs**2, axis=(-2, -1)) < 4 * low
+    # A loop that runs once or not at all, not a branch: under vmap a branch would
+    # always take both sides.
+    x, _ = jax.lax.while_loop(
+        lambda carry: carry[1],
+        lambda carry: (
+            _select(well, carry[0], _carefully(y, one_pass, memory, otherwise)),
+            jnp.zeros_like(carry[1]),
+        ),
+        (x, ~jnp.all(well)),
+    )
+    return x
+
+
+def _carefully(y, one_pass: _Pass, memory, otherwise):
+    """The result of ``one_pass`` for input of any scale, rank and condition."""
+    finite = jnp.all(jnp.isfinite(y), axis=(-2, -1))
+    y = _select(finite, y, otherwise)
+    size = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True)
+    y = _off_memory(_off_memory(y / jnp.where(size > 0, size, 1), memory), memory)
+
+    def improve(_, x):
+        # A shifted pass keeps the polar (and the Q) factor and lifts the smallest
+        # singular values about a thousandfold (in float32); so does it with what
+        # rounding left in the memory.
+        return _off_memory(one_pass(x, True)[0], memory)
+
+    x = jax.lax.fori_loop(0, 4, improve, y)
+    # Now singular values are 1, or 0 where a direction is missing: fill that in.
+    missing = _eye(x) - _mt_n(x, x)
+    frame = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
+    fill = _off_memory(_mm(frame, missing), memory) / x.shape[-2] ** 0.5
+    x = jax.lax.fori_loop(0, 4, improve, x + fill - _mm(x, _mt_n(x, fill)))
+    return one_pass(x, False)[0]
+
+
+def _gram_pass(root):
+    """A pass ``Y -> Y Z`` with ``Z^T (Y^T Y) Z = I``, from ``root(gram) = Z``."""
+
+    def one_pass(y, shifted):
+        gram = _mt_n(y, y)
+        high = _norm_bound(gram)
+        high = jnp.where(high > 0, high, 1)  # the zero matrix
+        if shifted:
+            # As large as the rounding error of the Gram matrix, so that it stays
+            # positive definite.
+            shift = y.shape[-1] * jnp.finfo(y.dtype).eps * high
+            gram += shift[..., None, None] * _eye(y)
+        z = root(gram / high[..., None, None])
+        # |Z|^2, the reciprocal of the smallest eigenvalue: two norms bound it.
+        inverse = jnp.max(jnp.sum(jnp.abs(z), -1), -1) * jnp.max(
+            jnp.sum(jnp.abs(z), -2), -1
+        )
+        x = _mm(y, z * jax.lax.rsqrt(high)[..., None, None])
+        return x, high / inverse, high
+
+    return one_pass
+
+
+def _inverse_root_eigh(gram):
+    values, vectors = jnp.linalg.eigh(gram)
+    floor = gram.shape[-1] * jnp.finfo(gram.dtype).eps
+    scaled = vectors * jnp.maximum(values, floor)[..., None, :] ** -0.25
+    z = _mm(scaled, _t(scaled))
+    # Eigenvectors are orthonormal to some rounding errors only: one Newton step.
+    return _mm(z, 1.5 * _eye(z) - _mm(z, _mm(gram, z)) / 2)
+
+
+def _inverse_root_newton_schulz(gram):
+    # The iteration X <- X (3 I - X^T X) / 2 for X = Y Z, written for Z and for the Gram
+    # matrix X^T X alone, so that its steps cost r^3 and not d r^2.
+    eye = _eye(gram)
+    close = jnp.finfo(gram.dtype).eps ** 0.5
+
+    def step(carry):
+        gram, z, _, i = carry
+        error = jnp.max(jnp.abs(gram - eye), axis=(-2, -1))
+        t = 1.5 * eye - gram / 2
+        # One matrix that is not finite must not stop the others.
+        return _mm(t, _mm(gram, t)), _mm(z, t), jnp.any(error > close), i + 1
+
+    # The error that is tested is the one before the last step, which squared it.
+    start = (gram, jnp.broadcast_to(eye, gram.shape), jnp.array(True), 0)
+    _, z, _, _ = jax.lax.while_loop(
+        lambda carry: carry[2] & (carry[3] < _MAX_ITERATIONS), step, start
+    )
+    return z
+
+
+def _inverse_root_cholesky(gram):
+    lower = jnp.linalg.cholesky(gram)
+    inverse = jax.lax.linalg.triangular_solve(
+        lower, jnp.broadcast_to(_eye(gram), gram.shape), left_side=True, lower=True
+    )
+    return _t(inverse)
+
+
+def _svd_pass(y, shifted):
+    del shifted
+    u, s, vt = jnp.linalg.svd(y, full_matrices=False)
+    return _mm(u, vt), s[..., -1] ** 2, s[..., 0] ** 2
+
+
+_PASSES: dict[str, _Pass] = {
+    "eigh": _gram_pass(_inverse_root_eigh),
+    "newton_schulz": _gram_pass(_inverse_root_newton_schulz),
+    "qr": _gram_pass(_inverse_root_cholesky),
+    "svd": _svd_pass,
+}
+
+
+def _off_memory(z, memory):
+    return z if memory is None else z - _mm(memory, _mt_n(memory, z))
+
+
+def _norm_bound(gram):
+    """A bound of the largest eigenvalue that is 1 for the identity."""
+    return jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)
+
+
+def _select(condition, a, b):
+    return jnp.where(condition[..., None, None], a, b)
+
+
+def _mm(a, b):
+    return jnp.einsum("...dr,...rs->...ds", a, b, precision=PRECISION)
+
+
+def _mt_n(a, b):
+    return jnp.einsum("...dr,...ds->...rs", a, b, precision=PRECISION)
+
+
+def _t(a):
+    return jnp.swapaxes(a, -1, -2)
+
+
+def _sym(a):
+    return (a + _t(a)) / 2
+
+
+def _eye(like):
+    """The identity of the size of the last axis, with as many axes as ``like``."""
+    eye = jnp.eye(like.shape[-1], dtype=like.dtype)
+    return jnp.expand_dims(eye, range(like.ndim - 2))
+
+
+def _widen(x, z, memory):
+    """Everything in one dtype, at least float32; and the dtype that ``z`` had."""
+    dtype = jnp.promote_types(jnp.result_type(x, z), jnp.float32)
+    if memory is not None:
+        memory = jnp.asarray(memory, dtype)
+    return jnp.asarray(x, dtype), jnp.asarray(z, dtype), memory, jnp.result_type(z)
+
+
+def _check(name, x, memory):
+    shape, dtype = jnp.shape(x), jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be real and floating; got dtype {dtype}.")
+    if len(shape) < 2 or shape[-1] < 1 or shape[-2] < shape[-1]:
+        raise ValueError(
+            f"`{name}` must be tall, `[..., d, r]` with d >= r >= 1; got shape {shape}."
+            " Transpose a factor that is stored wide."
+        )
+    if memory is None:
+        return
+    found = jnp.shape(memory)
+    d, r = shape[-2:]
+    if len(found) < 2 or found[-2] != d or found[-1] + r > d:
+        raise ValueError(
+            f"`memory` must be `[..., d, p]` with the d of `{name}` and p + r <= d, so "
+            f"that r directions stay free; got shape {found} for `{name}` of shape "
+            f"{shape}."
+        )
+    if found[:-2] and jnp.broadcast_shapes(found[:-2], shape[:-2]) != shape[:-2]:
+        raise ValueError(
+            f"The leading axes of `memory` must broadcast to those of `{name}`; got "
+            f"shape {found} for `{name}` of shape {shape}."
+        )
+
+
+def _check_like(name, z, x):
+    if jnp.shape(z) != jnp.shape(x):
+        raise ValueError(
+            f"`{name}` must have the shape of the points, {jnp.shape(x)}; got "
+            f"{jnp.shape(z)}."
+        )
