@@ -78,13 +78,18 @@ def get(name: str) -> Path:
         )
     folder = cache_dir() / name
     if not (folder / _checksums.SUMS).is_file():
-        texts = _texts(FETCHED[name])
-        files = {f"{domain}.txt": text.encode() for domain, text in texts.items()}
+        domains = texts(FETCHED[name])
+        files = {f"{domain}.txt": text.encode() for domain, text in domains.items()}
         _checksums.write_folder(folder, files)
     return folder
 
 
-def _texts(source: Source) -> dict[str, str]:
+def texts(source: Source) -> dict[str, str]:
+    """Downloads an archive, checks it, and reads it; nothing else is kept.
+
+    Raises:
+      DataError: If the download fails, or what came is not the expected archive.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         path = _download(source, Path(temporary))
         _checksums.check_sum(

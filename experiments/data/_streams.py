@@ -57,7 +57,7 @@ def load_stream(name_or_dir: str | os.PathLike) -> Stream:
     if name == "mini8":
         texts = _read_mini8(MINI8)
     elif name in _fetch.FETCHED:
-        texts = _read_fetched(name)
+        texts = read_fetched(name)
     elif Path(name).is_dir():
         texts = _read_folder(Path(name))
     else:
@@ -83,12 +83,13 @@ def _read_mini8(folder: Path) -> dict[str, bytes]:
     return texts
 
 
-def _read_fetched(name: str) -> dict[str, bytes]:
+def read_fetched(name: str) -> dict[str, bytes]:
+    """The checked files of fetched data, by file stem."""
     folder = _fetch.cache_dir() / name
     fetch = f"`python -m experiments data get {name}`"
     if not (folder / _checksums.SUMS).is_file():
         raise DataError(
-            f"The stream {name!r} has not been fetched (looked in {folder}). Run "
+            f"The data {name!r} have not been fetched (looked in {folder}). Run "
             f"{fetch}."
         )
     remedy = f"Delete {folder} and run {fetch}."
