@@ -385,8 +385,8 @@ def check_room(memory: ImportanceMemory) -> None:
     if isinstance(memory.stored, jax.core.Tracer):
         raise ValueError(
             "`overflow='error'` cannot be checked inside a transformed function, where "
-            "the number of stored tasks is not known. Call `end_task` outside `jit`, "
-            "or build the method with `overflow='merge'`."
+            "the number of stored tasks is not known. Call `collect` and `end_task` "
+            "outside `jit`, or build the method with `overflow='merge'`."
         )
     if np.max(memory.stored) >= rules.capacity:
         raise ValueError(

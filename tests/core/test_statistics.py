@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_cl._core import statistics, tasks
+from optax_cl._core import statistics, streaming, tasks
 from optax_cl._core.statistics import fisher_diagonal
 
 KEY = jax.random.key(7)
@@ -304,10 +304,10 @@ def test_no_array_holds_a_gradient_for_every_example(estimator, monkeypatch):
 def test_ragged_batches_and_later_tasks_compile_nothing_new():
     data, params = data_and_params(n=24)
     fisher(params, batches_of(data, 8))
-    compiled = tasks._step._cache_size()
+    compiled = streaming._step._cache_size()
     fisher(jax.tree.map(jnp.cos, params), batches_of(data, 8))
     fisher(params, batches_of(jax.tree.map(lambda x: x[:19], data), 8))
-    assert tasks._step._cache_size() == compiled
+    assert streaming._step._cache_size() == compiled
     assert statistics.fisher_pass("exact") is statistics.fisher_pass("exact")
 
 

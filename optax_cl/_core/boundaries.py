@@ -1,0 +1,202 @@
+"""How a method takes part in task boundaries, and how its states are found.
+
+A method registers one ``Boundary`` for its state class. States are found wherever they
+stand: inside ``chain``, ``masked``, ``partition``, ``MultiSteps``, ``apply_if_finite``
+and ``inject_hyperparams``.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_cl._core.task_functions import Task
+
+
+class PassInput(NamedTuple):
+    """What one step of a pass over the task's data may read."""
+
+    state: Any  # the method's state; None for shared passes
+    params: chex.ArrayTree  # trainable leaves; MaskedNode where hidden
+    batch: chex.ArrayTree  # [B, ...]
+    weights: chex.Array  # float32 [B], 0 for padding, else 1
+    key: chex.PRNGKey
+    task: Task  # its functions take `params` as given here, and `frozen=`
+    earlier: dict[str, Any]  # results of this method's earlier passes
+    frozen: Any = None  # what `collect` got as `frozen`
+
+
+class Pass(NamedTuple):
+    """One streaming pass over a task's data, as three pure functions.
+
+    Attributes:
+      name: Names the result; two states that ask for a shared pass of the same name
+        get the same result, computed once.
+      init: ``(state, params) -> accumulator``.
+      step: ``(accumulator, PassInput) -> accumulator``, jitted.
+      finish: ``(accumulator, state, earlier) -> result``, jitted.
+      shared: Whether the pass reads nothing of the state.
+
+    The functions must be the same objects from call to call (module level, or made by
+    a cached factory), since compilation is keyed by them.
+    """
+
+    name: str
+    init: Callable[[Any, chex.ArrayTree], Any]
+    step: Callable[[Any, PassInput], Any]
+    finish: Callable[[Any, Any, dict[str, Any]], Any] = lambda acc, state, earlier: acc
+    shared: bool = False
+
+
+class Boundary(NamedTuple):
+    """How one state class takes part in task boundaries.
+
+    Attributes:
+      passes: ``state -> (Pass, ...)``, in order; a later one may read the results of
+        those before it.
+      end_task: ``(state, params, results) -> state``, pure; same structure and shapes.
+      begin_task: ``(state, params) -> state``, pure; same structure and shapes.
+      like: ``state -> tree`` like params, with holes where the method hides leaves.
+      usage: ``state -> (tasks stored, capacity or None)``; None for averages that are
+        no memory of tasks.
+      check: ``state -> None``; raises, outside jit, if another task will not fit.
+      grow: ``(state, capacity) -> state`` with more room; None if nothing can grow.
+      project: ``(state, tree) -> tree``, takes the protected subspace out of a tree
+        like params; None for methods without one.
+    """
+
+    passes: Callable[[Any], tuple[Pass, ...]] = lambda state: ()
+    end_task: Callable[[Any, Any, dict[str, Any]], Any] = lambda state, p, results: (
+        state
+    )
+    begin_task: Callable[[Any, Any], Any] = lambda state, params: state
+    like: Callable[[Any], Any] | None = None
+    usage: Callable[[Any], tuple[Any, int | None]] | None = None
+    check: Callable[[Any], None] = lambda state: None
+    grow: Callable[[Any, int], Any] | None = None
+    project: Callable[[Any, chex.ArrayTree], chex.ArrayTree] | None = None
+
+
+_BOUNDARIES: dict[type, Boundary] = {}
+# State class -> (fields of first moments, fields of other accumulators).
+_MOMENTS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    optax.ScaleByAdamState: (("mu",), ("nu",)),
+    optax.ScaleByAmsgradState: (("mu",), ("nu", "nu_max")),
+    optax.ScaleByLionState: (("mu",), ()),
+    optax.ScaleByRmsState: ((), ("nu",)),
+    optax.TraceState: (("trace",), ()),
+    optax.EmaState: (("ema",), ()),
+}
+
+
+def register_boundary(state_class: type, boundary: Boundary) -> None:
+    """Makes states of a class take part in task boundaries.
+
+    Args:
+      state_class: A NamedTuple, found by its exact class.
+      boundary: What such a state does there. A second registration replaces the first.
+
+    Raises:
+      TypeError: If ``state_class`` is no NamedTuple, or ``boundary`` no ``Boundary``.
+    """
+    _check_state_class(state_class)
+    if not isinstance(boundary, Boundary):
+        raise TypeError(
+            "`boundary` must be a `Boundary`; got "
+            f"{boundary!r}. Write `Boundary(end_task=...)`."
+        )
+    _BOUNDARIES[state_class] = boundary
+
+
+def register_moments(
+    state_class: type, first: tuple[str, ...], other: tuple[str, ...] = ()
+) -> None:
+    """Tells the moments policies which fields of a state are moments.
+
+    Args:
+      state_class: A NamedTuple.
+      first: Fields that average gradients (reset, and projected).
+      other: Fields that average something else (reset only).
+
+    Raises:
+      TypeError: If ``state_class`` is no NamedTuple.
+      ValueError: If it has no field of such a name.
+    """
+    _check_state_class(state_class)
+    missing = sorted({*first, *other} - {*state_class._fields})
+    if missing:
+        raise ValueError(
+            f"{state_class.__name__} has no field {', '.join(missing)}; its fields "
+            f"are {', '.join(state_class._fields)}. Pass names as a tuple: "
+            "`first=('mu',)`."
+        )
+    _MOMENTS[state_class] = (first, other)
+
+
+def _check_state_class(state_class: Any) -> None:
+    if not (isinstance(state_class, type) and hasattr(state_class, "_fields")):
+        raise TypeError(
+            f"`state_class` must be a NamedTuple class; got {state_class!r}."
+        )
+
+
+# --- Finding states ------------------------------------------------------------------
+
+
+def of(state: Any) -> Boundary:
+    """What a registered state does at a boundary."""
+    return _BOUNDARIES[type(state)]
+
+
+def registered(node: Any) -> bool:
+    """Whether ``node`` is a state that takes part in boundaries."""
+    return type(node) in _BOUNDARIES
+
+
+def map_states(function, tree, wanted=registered):
+    """Applies ``function`` to wanted states, outer ones before what they hold."""
+
+    def visit(node):
+        if not wanted(node):
+            return node
+        node = function(node)
+        return type(node)(*(map_states(function, field, wanted) for field in node))
+
+    return jax.tree.map(visit, tree, is_leaf=wanted)
+
+
+def find_with_path(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Registered states with their paths, outer ones before what they hold."""
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=registered):
+        if registered(node):
+            here = prefix + jax.tree_util.keystr(path)
+            yield here, node
+            for name, field in zip(node._fields, node, strict=True):
+                yield from find_with_path(field, f"{here}.{name}")
+
+
+def find(tree: Any) -> Iterator[Any]:
+    """Registered states, in the order in which ``map_states`` visits them."""
+    return (state for _, state in find_with_path(tree))
+
+
+def has_moments(node: Any) -> bool:
+    """Whether ``node`` is a state with registered moments."""
+    return type(node) in _MOMENTS
+
+
+def map_moments(function, tree, first_only=False, reset_count=False):
+    """Applies ``function`` to every registered moment, wherever it stands."""
+
+    def visit(state):
+        first, other = _MOMENTS[type(state)]
+        fields = first if first_only else first + other
+        new = {f: function(getattr(state, f)) for f in fields}
+        if reset_count and "count" in state._fields:
+            new["count"] = jnp.zeros_like(state.count)
+        return state._replace(**new)
+
+    return map_states(visit, tree, has_moments)

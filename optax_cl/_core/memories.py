@@ -1,0 +1,183 @@
+"""Looking at and editing the memories and moments inside an optimizer state."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_cl._core import boundaries, checks, trees
+
+
+def reset_state(
+    opt_state: optax.OptState, mask: chex.ArrayTree | None = None
+) -> optax.OptState:
+    """Sets the optimizer's own averages to zero; memories of tasks stay.
+
+    Args:
+      opt_state: The optimizer state.
+      mask: Which entries: a tree like params of booleans, one per leaf or arrays that
+        broadcast to the leaf; None means all, step counts included (a masked reset
+        keeps the counts, which are shared by all leaves).
+
+    Returns:
+      The new optimizer state, same structure and shapes.
+
+    Raises:
+      ValueError: If ``mask`` does not fit the averages; those of a factored second
+        moment are reset leaf by leaf only.
+    """
+    if mask is None:
+        return boundaries.map_moments(trees.zeros_like, opt_state, reset_count=True)
+
+    def zero(path, x, m):
+        sizes = zip(np.shape(m)[::-1], x.shape[::-1], strict=False)
+        if np.ndim(m) > x.ndim or any(a not in (1, b) for a, b in sizes):
+            raise ValueError(
+                f"`mask` must broadcast to what it resets; at `{checks.path_str(path)}`"
+                f" got shape {np.shape(m)} for an average of shape {x.shape}. Pass one "
+                "boolean for the leaf."
+            )
+        return jnp.where(m, 0, x).astype(x.dtype)
+
+    def reset(tree):
+        aligned = trees.align_structure("mask", mask, tree)
+        return jax.tree_util.tree_map_with_path(zero, tree, aligned)
+
+    return boundaries.map_moments(reset, opt_state)
+
+
+def map_states(
+    function: Callable[[Any], Any], opt_state: optax.OptState, state_class: type
+) -> optax.OptState:
+    """Applies ``function`` to every state of a class, wherever it stands in a chain.
+
+    Args:
+      function: ``state -> state``.
+      opt_state: Any optimizer state.
+      state_class: The NamedTuple class to look for, subclasses included.
+
+    Returns:
+      The optimizer state with the results in place.
+
+    Raises:
+      ValueError: If no state of that class is there.
+    """
+    found = False
+
+    def visit(state):
+        nonlocal found
+        found = True
+        return function(state)
+
+    result = boundaries.map_states(
+        visit, opt_state, lambda n: isinstance(n, state_class)
+    )
+    if not found:
+        raise ValueError(
+            f"`opt_state` holds no {state_class.__name__}. Is the method in the chain?"
+        )
+    return result
+
+
+class MemoryDescription(NamedTuple):
+    """One memory in an optimizer state, as ``describe`` reports it."""
+
+    method: str  # name of the state class
+    path: str  # where it stands in the optimizer state
+    bytes: int  # of its own arrays, without memories and moments inside it
+    tasks: int | None  # tasks stored
+    capacity: int | None  # tasks that fit; None if unlimited
+
+    @property
+    def left(self) -> int | None:
+        """How many more tasks fit; None if unlimited."""
+        if self.capacity is None or self.tasks is None:
+            return None
+        return self.capacity - self.tasks
+
+
+def describe(opt_state: optax.OptState) -> tuple[MemoryDescription, ...]:
+    """Tells which memories an optimizer state holds, outside jit.
+
+    Args:
+      opt_state: Any optimizer state.
+
+    Returns:
+      One ``MemoryDescription`` for each memory, in the order of the chain.
+    """
+    rows = []
+    for path, state in boundaries.find_with_path(opt_state):
+        boundary = boundaries.of(state)
+        if boundary.usage is None:  # an average, not a memory of tasks
+            continue
+        tasks, capacity = boundary.usage(state)
+        rows.append(
+            MemoryDescription(
+                method=type(state).__name__.removesuffix("State"),
+                path=path,
+                bytes=_own_bytes(state),
+                tasks=None if tasks is None else int(tasks),
+                capacity=capacity,
+            )
+        )
+    return tuple(rows)
+
+
+def grow(opt_state: optax.OptState, capacity: int) -> optax.OptState:
+    """Enlarges the memories that have a fixed capacity for tasks, outside jit.
+
+    Shapes change: the next train step compiles anew, and checkpoints of the old
+    capacity no longer restore into the new state.
+
+    Args:
+      opt_state: The optimizer state.
+      capacity: The new number of tasks that fit.
+
+    Returns:
+      The enlarged optimizer state.
+
+    Raises:
+      ValueError: If nothing there can grow, or a capacity would shrink.
+    """
+    checks.check_positive_int("capacity", capacity)
+    grown = False
+
+    def enlarge(state):
+        nonlocal grown
+        boundary = boundaries.of(state)
+        if boundary.grow is None:
+            return state
+        _, old = boundary.usage(state) if boundary.usage else (None, None)
+        if old is None:
+            return state
+        if capacity < old:
+            raise ValueError(f"`capacity` can't shrink: got {capacity}, it is {old}.")
+        grown = True
+        return boundary.grow(state, capacity)
+
+    result = boundaries.map_states(enlarge, opt_state)
+    if not grown:
+        raise ValueError("`opt_state` holds no memory with a capacity that can grow.")
+    return result
+
+
+def _own_bytes(state: Any) -> int:
+    """Bytes of a state without the memories and the moments inside it."""
+
+    def foreign(node):
+        return boundaries.registered(node) or boundaries.has_moments(node)
+
+    nodes = jax.tree.leaves(tuple(state), is_leaf=foreign)
+    return sum(_bytes(n) for n in nodes if not foreign(n))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(
+        int(np.prod(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    )

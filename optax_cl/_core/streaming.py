@@ -1,0 +1,215 @@
+"""Passes over a task's data: batch by batch from the host, or in one scan."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_cl._core import checks, trees
+from optax_cl._core.boundaries import Pass, PassInput
+from optax_cl._core.task_functions import Task
+
+Jobs = tuple[tuple[str, Pass], ...]  # name of the result, and the pass
+
+
+class Fixed(NamedTuple):
+    """What stays the same during a pass."""
+
+    states: dict[str, Any]  # by job; None for shared passes
+    earlier: dict[str, dict[str, Any]]  # by job: results of its method's earlier passes
+    trainable: chex.ArrayTree  # parameters; MaskedNode where hidden
+    hidden: chex.ArrayTree  # the other parameters
+    frozen: Any
+
+
+def result_name(p: Pass, index: int) -> str:
+    """What the result of a pass is called, for the state of that index."""
+    return p.name if p.shared else f"{p.name}[{index}]"
+
+
+def check_reiterable(batches: Any, depth: int) -> None:
+    """Raises if ``batches`` can't be gone through ``depth`` times."""
+    if depth > 1 and iter(batches) is batches:
+        raise ValueError(
+            "`batches` is an iterator, which can be gone through once, but the methods "
+            f"in the optimizer need {depth} passes. Pass a list of batches."
+        )
+
+
+def check_stacked(batches: Any) -> None:
+    """Raises unless ``batches`` are arrays ``[batches, B, ...]``."""
+    leaves = jax.tree_util.tree_leaves_with_path(batches)
+    shapes = {checks.path_str(path): np.shape(x) for path, x in leaves}
+    leading = {shape[:2] for shape in shapes.values()}
+    if len(leading) != 1 or any(len(two) < 2 or 0 in two for two in leading):
+        raise ValueError(
+            "with `stacked=True`, `batches` must be one tree of arrays with two "
+            "common, non-empty leading axes [batches, B, ...]; got leaves of shapes "
+            f"{shapes}. For a list of batches leave `stacked` out."
+        )
+
+
+def _padded(batches: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray]]:
+    """Batches of one size, the last padded with its first row, and their weights."""
+    size = 0
+    for batch in batches:
+        leaves = jax.tree.leaves(batch)
+        sizes = {x.shape[0] if np.ndim(x) else 0 for x in leaves}
+        if len(sizes) != 1 or 0 in sizes:
+            shapes = [np.shape(x) for x in leaves]
+            raise ValueError(
+                "a batch must be a tree of arrays with one common, non-empty leading "
+                f"axis; got leaves of shapes {shapes}."
+            )
+        (n,) = sizes
+        size = max(n, size)
+        weights = np.ones([size], np.float32)
+        if n < size:
+            weights[n:] = 0.0
+            rows = np.where(np.arange(size) < n, np.arange(size), 0)
+            batch = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+        yield batch, weights
+
+
+def split_trainable(params, parts, states):
+    """Leaves that some method reads and that can be differentiated, and the others."""
+
+    def differentiable(x):
+        return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+    # A mask may have hidden a whole subtree by one node.
+    reads = [
+        trees.align_structure("a memory", b.like(s), params)
+        for b, s in zip(parts, states, strict=True)
+        if b.like is not None
+    ]
+
+    def visit(p, *nodes):
+        wanted = not nodes or any(not trees.is_hole(n) for n in nodes)
+        return p if wanted and differentiable(p) else optax.MaskedNode()
+
+    trainable = jax.tree.map(visit, params, *reads)
+    hidden = jax.tree.map(
+        lambda p, t: p if trees.is_masked(t) else optax.MaskedNode(), params, trainable
+    )
+    return trainable, hidden
+
+
+def _join(trainable, hidden):
+    return jax.tree.map(
+        lambda t, h: h if trees.is_masked(t) else t,
+        trainable,
+        hidden,
+        is_leaf=trees.is_masked,
+    )
+
+
+def _bind(task: Task, fixed: Fixed) -> Task:
+    """The task's functions of the trainable leaves alone.
+
+    A pass may give another ``frozen``, to differentiate with respect to it: the memory
+    of an adapter method lives on the weights under the adapters.
+    """
+
+    def bind(function):
+        def bound(trainable, *args, frozen=fixed.frozen):
+            params = _join(trainable, fixed.hidden)
+            return function(params if frozen is None else (params, frozen), *args)
+
+        return bound
+
+    with_params = {
+        name: None if getattr(task, name) is None else bind(getattr(task, name))
+        for name in ("loss", "outputs", "log_prob", "layer_inputs")
+    }
+    return task._replace(**with_params)
+
+
+def _start(jobs: Jobs, fixed: Fixed) -> dict[str, Any]:
+    return {name: p.init(fixed.states[name], fixed.trainable) for name, p in jobs}
+
+
+def _add(jobs, task, accs, fixed, batch, weights, key):
+    """Every job's accumulator after one more batch; ``task`` is bound."""
+    new = {}
+    for name, p in jobs:
+        data = PassInput(
+            state=fixed.states[name],
+            params=fixed.trainable,
+            batch=batch,
+            weights=weights,
+            key=key,
+            task=task,
+            earlier=fixed.earlier[name],
+            frozen=fixed.frozen,
+        )
+        new[name] = p.step(accs[name], data)
+    return new
+
+
+def _results(jobs, accs, fixed):
+    return {
+        name: p.finish(accs[name], fixed.states[name], fixed.earlier[name])
+        for name, p in jobs
+    }
+
+
+_finish = jax.jit(_results, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _step(jobs, task, accs, num_examples, fixed, batch, weights, key):
+    accs = _add(jobs, _bind(task, fixed), accs, fixed, batch, weights, key)
+    return accs, num_examples + weights.sum()
+
+
+def loop(
+    jobs: Jobs, task: Task, fixed: Fixed, batches: Iterable[Any], key: chex.PRNGKey
+) -> tuple[dict[str, Any], chex.Array]:
+    """One pass from the host, each batch one jitted call.
+
+    Returns:
+      The jobs' results by name, and the number of examples.
+
+    Raises:
+      ValueError: If there is no batch.
+    """
+    accs = _start(jobs, fixed)
+    count, num_examples = 0, jnp.zeros([], jnp.float32)
+    for batch, weights in _padded(batches):
+        step_key = jax.random.fold_in(key, count)
+        accs, num_examples = _step(
+            jobs, task, accs, num_examples, fixed, batch, weights, step_key
+        )
+        count += 1
+    if count == 0:
+        second = any(fixed.earlier.values())
+        raise ValueError(
+            "`batches` yielded nothing"
+            + (" in the second pass" if second else "")
+            + ". Give `collect` a non-empty list of batches of the finished task."
+        )
+    return _finish(jobs, accs, fixed), num_examples
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def scan(
+    jobs: Jobs, task: Task, fixed: Fixed, batches: chex.ArrayTree, key: chex.PRNGKey
+) -> tuple[dict[str, Any], chex.Array]:
+    """The same pass over stacked batches, as one scan with the same keys."""
+    count, size = jax.tree.leaves(batches)[0].shape[:2]
+    weights = jnp.ones([size], jnp.float32)
+    bound = _bind(task, fixed)
+
+    def step(accs, item):
+        index, batch = item
+        step_key = jax.random.fold_in(key, index)
+        return _add(jobs, bound, accs, fixed, batch, weights, step_key), None
+
+    accs, _ = jax.lax.scan(step, _start(jobs, fixed), (jnp.arange(count), batches))
+    return _results(jobs, accs, fixed), jnp.full([], count * size, jnp.float32)
