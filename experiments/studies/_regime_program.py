@@ -16,13 +16,10 @@ import numpy as np
 import optax
 
 import optax_cl
-from experiments import boundaries
+from experiments import lanes
 from experiments.engine import Program
 from experiments.studies import _regime_arms as arms
 from optax_cl import replay
-
-# Streams of random numbers within one seed.
-_INIT, _BATCH, _MEMORY, _STORE, _COLLECT = range(5)
 
 
 class Benchmark(NamedTuple):
@@ -117,7 +114,7 @@ def make_program(
         return arms.optimizer(routing, settings.rank, lane.rule, lane.strength, rate)
 
     def init(data, lane):
-        params = benchmark.init(_key(lane, _INIT))
+        params = benchmark.init(lanes.key(lane.seed, lanes.INIT))
 
         def per_rate(rate):
             zero = jnp.zeros([], jnp.float32)
@@ -126,7 +123,7 @@ def make_program(
         def per_regime(regime):
             buffer = None
             if replays:
-                key = _key(lane, _STORE)
+                key = lanes.key(lane.seed, lanes.STORE)
                 batch = benchmark.sample(data, lane.problem, regime, 0, key, 1)
                 example = jax.tree.map(lambda x: x[0], batch)
                 size = benchmark.tasks * benchmark.memory
@@ -136,7 +133,9 @@ def make_program(
         return jax.vmap(per_regime)(regimes)
 
     def step(data, lane, carry, task, index):
-        key, memory_key = (_key(lane, s, task, index) for s in (_BATCH, _MEMORY))
+        key, memory_key = (
+            lanes.key(lane.seed, s, task, index) for s in (lanes.BATCH, lanes.MEMORY)
+        )
 
         def per_regime(regime, carry):
             batch = benchmark.sample(
@@ -178,7 +177,8 @@ def make_program(
 
     def boundary(data, lane, carry, task):
         store, draw, labels = (
-            jax.random.fold_in(_key(lane, _COLLECT, task), i) for i in range(3)
+            jax.random.fold_in(lanes.key(lane.seed, lanes.COLLECT, task), i)
+            for i in range(3)
         )
 
         def per_regime(regime, carry):
@@ -198,11 +198,12 @@ def make_program(
 
             def per_rate(learner):
                 opt_state = learner.opt_state
-                statistics = boundaries.collect(
+                statistics = optax_cl.collect(
                     opt_state,
                     learner.params,
                     stacked,
                     task=benchmark.task,
+                    stacked=True,
                     key=labels,
                 )
                 opt_state = optax_cl.end_task(opt_state, learner.params, statistics)
@@ -239,10 +240,3 @@ def make_program(
         boundary=boundary,
         evaluate=evaluate,
     )
-
-
-def _key(lane: Lane, stream: int, *indices: Any) -> chex.PRNGKey:
-    key = jax.random.fold_in(jax.random.key(lane.seed), stream)
-    for index in indices:
-        key = jax.random.fold_in(key, index)
-    return key

@@ -8,7 +8,7 @@ them can be taken seed by seed.
 
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -17,14 +17,11 @@ import numpy as np
 import optax
 
 import optax_cl
-from experiments import boundaries
+from experiments import lanes
 from experiments.data import Stream
 from experiments.engine import Program
 from experiments.models import byte_lm
 from optax_cl import replay
-
-# Streams of random numbers within one seed.
-_INIT, _BATCH, _MEMORY, _STORE, _COLLECT = range(5)
 
 
 class Common(NamedTuple):
@@ -185,7 +182,7 @@ def make_program(family: Family, settings: Settings) -> Program:
 
     def init(data, lane):
         del data
-        params = model.init(_key(lane, _INIT))
+        params = model.init(lanes.key(lane.seed, lanes.INIT))
         window = jnp.zeros([settings.model.context + 1], jnp.uint8)
         return Carry(
             params=params,
@@ -198,12 +195,16 @@ def make_program(family: Family, settings: Settings) -> Program:
     def step(data, lane, carry, task, index):
         params, opt_state, buffer = carry
         windows = draw(
-            data, lane, task, _key(lane, _BATCH, task, index), settings.batch
+            data,
+            lane,
+            task,
+            lanes.key(lane.seed, lanes.BATCH, task, index),
+            settings.batch,
         )
         value, grads = jax.value_and_grad(loss)(params, windows)
         extra = {}
         if family.memory:
-            key = _key(lane, _MEMORY, task, index)
+            key = lanes.key(lane.seed, lanes.MEMORY, task, index)
             old, weights = replay.reservoir_sample(buffer, key, settings.batch)
             extra[family.memory] = jax.tree.map(
                 lambda g: g * weights[0], jax.grad(loss)(params, old)
@@ -224,18 +225,19 @@ def make_program(family: Family, settings: Settings) -> Program:
     def boundary(data, lane, carry, task):
         params, opt_state, buffer = carry
         if buffer is not None:
-            key = _key(lane, _STORE, task)
+            key = lanes.key(lane.seed, lanes.STORE, task)
             stored = draw(data, lane, task, key, settings.memory)
             # As many as the buffer has places for each task: none is ever replaced.
             buffer = replay.reservoir_add(buffer, stored, key)
-        keys = jax.random.split(_key(lane, _COLLECT, task), 2)
+        keys = jax.random.split(lanes.key(lane.seed, lanes.COLLECT, task), 2)
         shape = settings.collect_batches, settings.batch
         windows = draw(data, lane, task, keys[0], shape[0] * shape[1])
-        statistics = boundaries.collect(
+        statistics = optax_cl.collect(
             opt_state,
             params,
             windows.reshape(*shape, -1),
             task=task_functions,
+            stacked=True,
             key=keys[1],
         )
         opt_state = optax_cl.end_task(opt_state, params, statistics)
@@ -261,10 +263,3 @@ def make_program(family: Family, settings: Settings) -> Program:
         boundary=boundary,
         evaluate=evaluate,
     )
-
-
-def _key(lane: Lane, stream: int, *indices: Any) -> chex.PRNGKey:
-    key = jax.random.fold_in(jax.random.key(lane.seed), stream)
-    for index in indices:
-        key = jax.random.fold_in(key, index)
-    return key

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_cl
-from experiments import boundaries, claims, cli, engine, run_folder
+from experiments import claims, cli, engine, lanes, run_folder
 from experiments.studies import _regime_arms as arms
 from experiments.studies import _regime_claim_parts as claim_parts
 from experiments.studies import _regime_digits as digits
@@ -190,8 +190,13 @@ def test_curvature_is_the_hessian_and_not_the_residuals(problems):
     )
     stacked = jax.tree.map(lambda x: x.reshape(count, size, *x.shape[1:]), batch)
     statistics = jax.jit(
-        lambda b: boundaries.collect(
-            state, params, b, task=regression.BENCHMARK.task, key=jax.random.key(2)
+        lambda b: optax_cl.collect(
+            state,
+            params,
+            b,
+            task=regression.BENCHMARK.task,
+            key=jax.random.key(2),
+            stacked=True,
         )
     )(stacked)
     state = optax_cl.end_task(state, params, statistics)
@@ -326,7 +331,7 @@ def test_vanilla_through_the_engine_is_plain_adam(tmp_path):
 
     @jax.jit
     def step(w, state, task, index):
-        key = program._key(lane, program._BATCH, task, index)
+        key = lanes.key(lane.seed, lanes.BATCH, task, index)
         batch = bench.sample(data, 0, 0, task, key, bench.batch)
         updates, state = adam.update(jax.grad(bench.loss)(w, batch), state, w)
         return optax.apply_updates(w, updates), state
@@ -341,39 +346,6 @@ def test_vanilla_through_the_engine_is_plain_adam(tmp_path):
         np.testing.assert_allclose(measured, expected, rtol=1e-5)
     ours, theirs = out["evaluate/loss"][:, -1, 0, 1]
     assert not np.allclose(ours, theirs, rtol=1e-4)  # .9 is not nothing
-
-
-def test_collecting_in_a_scan_equals_collecting_from_the_host():
-    key = jax.random.key(4)
-    params = {"w": jax.random.normal(key, [6, 3])}
-    task = optax_cl.classification(lambda p, b: b["x"] @ p["w"], lambda b: b["y"])
-    tx = optax_cl.chain(
-        optax_cl.ewc(1.0),
-        optax_cl.protect(2, optax_cl.attenuate(), optax_cl.scale_by_decoupled_adam()),
-    )
-    state = tx.init(params)
-    batches = {
-        "x": jax.random.normal(key, [3, 4, 6]),
-        "y": jax.random.randint(key, [3, 4], 0, 3),
-    }
-    listed = [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(3)]
-    theirs = optax_cl.collect(state, params, listed, task=task, key=key)
-    ours = jax.jit(lambda b: boundaries.collect(state, params, b, task=task, key=key))(
-        batches
-    )
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    # Bases are compared by what they span; signs of eigenvectors are arbitrary.
-    names = [n for n in theirs.results if n.startswith("basis")]
-    for name in names:
-        spans = [(s := r.results[name]["basis"]["w"]) @ s.T for r in (ours, theirs)]
-        np.testing.assert_allclose(*spans, atol=1e-4)
-        for r in (ours, theirs):
-            r.results[name] = None
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-        ours,
-        theirs,
-    )
 
 
 def fake_run(config, folder):
