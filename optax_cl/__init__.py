@@ -1,5 +1,6 @@
 """Continual learning as Optax gradient transformations."""
 
+from optax_cl import boundaries as boundaries
 from optax_cl import lora as lora
 from optax_cl import metrics as metrics
 from optax_cl._core.matrices import MatrixView as MatrixView

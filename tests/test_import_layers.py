@@ -20,7 +20,7 @@ METHOD_ROOMS = {
     "editing",
     "lora",
 }
-ALL_ROOMS = {"_core", "routing", "metrics"} | METHOD_ROOMS
+ALL_ROOMS = {"_core", "routing", "metrics", "boundaries"} | METHOD_ROOMS
 # Room -> the other rooms it may import. "" is the package's own `__init__`.
 MAY_IMPORT = {
     "_core": set(),
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     **{room: {"_core", "routing"} for room in METHOD_ROOMS},
     "lora": {"_core"},
     "metrics": {"_core"},
+    "boundaries": {"_core"},
     "recipes": ALL_ROOMS,
     "flax": ALL_ROOMS | {"recipes"},
     "testing": ALL_ROOMS | {"", "recipes", "flax"},
