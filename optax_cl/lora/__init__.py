@@ -4,6 +4,8 @@ The base parameters are not trained; adapters are a dictionary beside them, and 
 optimizer sees the adapters only.
 """
 
+from optax_cl.lora._absorb import Start as Start
+from optax_cl.lora._absorb import absorb as absorb
 from optax_cl.lora._adapters import Adapter as Adapter
 from optax_cl.lora._adapters import Adapters as Adapters
 from optax_cl.lora._adapters import LoRA as LoRA
@@ -18,9 +20,35 @@ from optax_cl.lora._adapters import product as product
 from optax_cl.lora._adapters import replace_kernels as replace_kernels
 from optax_cl.lora._adapters import targets as targets
 from optax_cl.lora._adapters import unmerge as unmerge
-from optax_cl.lora._olora import OloraProjectState as OloraProjectState
+from optax_cl.lora._convert import labels as labels
+from optax_cl.lora._convert import to_lora as to_lora
+from optax_cl.lora._convert import to_spectral as to_spectral
+from optax_cl.lora._eblora import EbloraState as EbloraState
+from optax_cl.lora._eblora import eblora as eblora
+from optax_cl.lora._eblora_init import eblora_init as eblora_init
+from optax_cl.lora._frozen_a import FrozenAState as FrozenAState
+from optax_cl.lora._frozen_a import frozen_a as frozen_a
+from optax_cl.lora._frozen_a import frozen_a_init as frozen_a_init
+from optax_cl.lora._gradients import Conflict as Conflict
+from optax_cl.lora._gradients import conflict as conflict
+from optax_cl.lora._gradients import mean_gradients as mean_gradients
+from optax_cl.lora._init import lora_init as lora_init
+from optax_cl.lora._init import orthogonal_init as orthogonal_init
+from optax_cl.lora._inputs import input_covariances as input_covariances
+from optax_cl.lora._lora_ga import lora_ga_init as lora_ga_init
+from optax_cl.lora._loram import loram_init as loram_init
+from optax_cl.lora._memory import GradientMemory as GradientMemory
+from optax_cl.lora._memory import grow_memory as grow_memory
+from optax_cl.lora._memory import memory as memory
 from optax_cl.lora._olora import OloraState as OloraState
 from optax_cl.lora._olora import olora as olora
 from optax_cl.lora._olora import olora_loss as olora_loss
-from optax_cl.lora._olora import olora_project as olora_project
-from optax_cl.lora._olora import project_start as project_start
+from optax_cl.lora._olora_project import OloraProjectState as OloraProjectState
+from optax_cl.lora._olora_project import olora_project as olora_project
+from optax_cl.lora._olora_project import project_start as project_start
+from optax_cl.lora._pissa import pissa_init as pissa_init
+from optax_cl.lora._slice import SliceDiagnostics as SliceDiagnostics
+from optax_cl.lora._slice import slice_init as slice_init
+from optax_cl.lora._stack import select as select
+from optax_cl.lora._stack import stack as stack
+from optax_cl.lora._stack import store as store

@@ -1,0 +1,266 @@
+"""Mean gradients of the targeted kernels, streamed over data, and how two conflict."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from optax_cl._core import checks, trees
+from optax_cl._core.matrices import to_matrix
+from optax_cl._core.streaming import _padded, check_stacked
+from optax_cl.lora._adapters import Targets, kernels
+
+Loss = Callable[[Any, Any], chex.Array]
+
+
+class Conflict(NamedTuple):
+    """How far two sets of gradients point the same way."""
+
+    cosine: dict[str, Any]  # {path: [*batch]}, of each matrix; 0 where one is zero
+    overall: chex.Array  # [], of all matrices together
+
+
+def mean_gradients(
+    targets: Targets,
+    loss: Loss,
+    params: chex.ArrayTree,
+    batches: Iterable[chex.ArrayTree] | chex.ArrayTree,
+    *,
+    stacked: bool = False,
+) -> dict[str, Any]:
+    r"""The mean gradient of the targeted kernels over a few batches of data.
+
+    .. math:: G = \frac1N \sum_{i=1}^{N} \nabla_W\, \ell_i
+
+    Every example weighs the same, in a ragged last batch too. For the reference of
+    past tasks (:func:`slice_init`) draw equally many examples of each task and chain
+    their batches: the mean over examples is then the mean over tasks.
+
+    Only the targeted kernels are differentiated. Each batch is one jitted step that
+    donates the sums; a ragged last batch is padded and masked, so nothing is compiled
+    for it. With ``stacked`` all batches are one scan, which also works inside jit.
+
+    Args:
+      targets: The kernels, from :func:`targets`.
+      loss: ``(params, batch) -> [B]``, the loss of each example, as ``Task.loss``. Keep
+        the function: one not seen before is compiled anew.
+      params: Parameters of the model.
+      batches: Trees of arrays with a leading axis of examples.
+      stacked: Whether ``batches`` is one tree of arrays ``[batches, B, ...]`` instead.
+
+    Returns:
+      ``{path: [*batch, in, out]}`` in float32 (float64 for float64 kernels). The
+      gradient of one batch is taken in the dtype of the kernel, sums are not.
+
+    Raises:
+      ValueError: If there is no batch, a batch is malformed, ``loss`` does not return
+        one number an example, or a gradient is not finite (outside jit; with its path).
+
+    Cost. Time: one forward and backward pass a batch. Memory beside the parameters and
+    activations: the sums, one float32 copy of the targeted kernels; each kernel's
+    gradient is added to its sum as the backward pass makes it. For less, call it with
+    a part of the targets at a time.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_cl import lora
+      >>> params = {"kernel": jnp.zeros((2, 2))}
+      >>> chosen = lora.targets(params, {"kernel": 1}, alpha=1.0)
+      >>> loss = lambda p, x: (x @ p["kernel"]).sum(axis=1)
+      >>> batches = [jnp.array([[3.0, 0.0], [0.0, 3.0]]), jnp.array([[0.0, 3.0]])]
+      >>> print(lora.mean_gradients(chosen, loss, params, batches)["kernel"])
+      [[1. 1.]
+       [2. 2.]]
+    """
+    if stacked:
+        check_stacked(batches)
+        means = _scan(loss, targets, params, batches)
+    else:
+        means = _loop(loss, targets, params, batches)
+    check_finite("the mean gradient", means)
+    return means
+
+
+def conflict(
+    gradients: Mapping[str, chex.Array], reference: Mapping[str, chex.Array]
+) -> Conflict:
+    """Cosines between two sets of gradients, matrix by matrix and over all.
+
+    A negative cosine is a conflict: to first order, a step that helps one task harms
+    the other. The matrices are scaled before they are squared, so that gradients of
+    any size are told apart from zero in float32.
+
+    Args:
+      gradients: ``{path: [*batch, in, out]}``, from :func:`mean_gradients`.
+      reference: The same for other data.
+
+    Returns:
+      ``Conflict``; a cosine with a gradient that is zero or not finite is 0.
+
+    Raises:
+      ValueError: If paths or shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_cl import lora
+      >>> g, r = {"w": jnp.array([[1.0, 0.0]])}, {"w": jnp.array([[-1.0, 1.0]])}
+      >>> print(lora.conflict(g, r).cosine["w"].round(3))
+      -0.707
+    """
+    gradients, reference = dict(gradients), dict(reference)
+    checks.check_same_shapes("reference", reference, gradients, "`gradients`")
+    cosine = {
+        path: _cosine([g], [reference[path]], (-2, -1)) for path, g in gradients.items()
+    }
+    paths = list(gradients)
+    overall = _cosine([gradients[p] for p in paths], [reference[p] for p in paths])
+    return Conflict(cosine, overall)
+
+
+def check_gradients(
+    name: str, targets: Targets, gradients: Mapping[str, chex.Array]
+) -> None:
+    """Raises unless there is a finite gradient of the right shape for every target."""
+    if not isinstance(gradients, Mapping) or set(gradients) != set(targets):
+        got = sorted(gradients) if isinstance(gradients, Mapping) else type(gradients)
+        raise ValueError(
+            f"`{name}` must map the paths of `targets`, {sorted(targets)}, to "
+            f"matrices, as `mean_gradients` returns them; got {got}."
+        )
+    for path, target in targets.items():
+        if jnp.shape(gradients[path]) != target.matrix_shape:
+            raise ValueError(
+                f"`{name}` must hold matrices [*batch, in, out]; at `{path}` expected "
+                f"{target.matrix_shape}, got {jnp.shape(gradients[path])}."
+            )
+    check_finite(f"`{name}`", gradients)
+
+
+def check_finite(name: str, matrices: Mapping[str, chex.Array]) -> None:
+    """Raises, where values are known, if a matrix holds what is not finite."""
+    if any(isinstance(x, jax.core.Tracer) for x in matrices.values()):
+        return
+    for path, finite in jax.device_get(_are_finite(dict(matrices))).items():
+        if not finite:
+            raise ValueError(
+                f"{name} is not finite at `{path}`. Look for a loss that is NaN or "
+                "infinite on one of the batches, or overflows in its dtype."
+            )
+
+
+def _zeros(targets, params):
+    return {
+        path: jnp.zeros(
+            targets[path].matrix_shape, trees.importance_dtype(kernel.dtype)
+        )
+        for path, kernel in kernels(targets, params).items()
+    }
+
+
+def _loop(loss, targets, params, batches):
+    sums, total = _zeros(targets, params), jnp.zeros([], jnp.float32)
+    count = 0
+    for batch, weights in _padded(batches):
+        sums, total = _step(loss, targets, sums, total, params, batch, weights)
+        count += 1
+    if count == 0:
+        raise ValueError(
+            "`batches` is empty, so there is no gradient to average. Is it an iterator "
+            "that was gone through before?"
+        )
+    return _finish(sums, total)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scan(loss, targets, params, batches):
+    weights = jnp.ones(jax.tree.leaves(batches)[0].shape[1], jnp.float32)
+
+    def step(carry, batch):
+        sums, total = carry
+        return _add(loss, targets, sums, total, params, batch, weights), None
+
+    start = _zeros(targets, params), jnp.zeros([], jnp.float32)
+    (sums, total), _ = jax.lax.scan(step, start, batches)
+    return _divide(sums, total)
+
+
+def _add(loss, targets, sums, total, params, batch, weights):
+    """Adds a batch to the sums, and its number of examples to the total."""
+    chosen, put_back = _chosen(targets, params)
+    n = weights.sum()
+
+    def mean_loss(chosen):
+        losses = loss(put_back(chosen), batch)
+        if jnp.shape(losses) != weights.shape:
+            raise ValueError(
+                f"`loss` must return the loss of each example, of shape "
+                f"{weights.shape}; got {jnp.shape(losses)}. Do not take the mean."
+            )
+        # The mean of a batch, not its sum, which could overflow in half precision.
+        return jnp.sum(losses * weights) / n
+
+    gradients = jax.grad(mean_loss)(chosen)
+    new = {
+        path: acc + n * to_matrix(gradients[path], targets[path].view).astype(acc.dtype)
+        for path, acc in sums.items()
+    }
+    return new, total + n
+
+
+def _chosen(targets, params):
+    """The targeted leaves by path, and how to put others in their place."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [checks.path_str(path) for path, _ in leaves]
+    chosen = {
+        path: leaf
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+        if path in targets
+    }
+
+    def put_back(chosen):
+        return treedef.unflatten(
+            chosen.get(path, leaf)
+            for path, (_, leaf) in zip(paths, leaves, strict=True)
+        )
+
+    return chosen, put_back
+
+
+_step = jax.jit(_add, static_argnums=0, donate_argnums=(2, 3))
+
+
+def _divide(sums, total):
+    return {path: acc / total.astype(acc.dtype) for path, acc in sums.items()}
+
+
+_finish = jax.jit(_divide, donate_argnums=0)
+
+
+@jax.jit
+def _are_finite(matrices):
+    return {path: jnp.isfinite(x).all() for path, x in matrices.items()}
+
+
+def _cosine(gs, rs, axes=None):
+    gs, rs = _scaled(gs, axes), _scaled(rs, axes)
+
+    def dot(xs, ys):
+        parts = [jnp.sum(x * y, axis=axes) for x, y in zip(xs, ys, strict=True)]
+        return functools.reduce(jnp.add, parts)
+
+    lengths = jnp.sqrt(dot(gs, gs)) * jnp.sqrt(dot(rs, rs))
+    defined = lengths > 0
+    return jnp.where(defined, dot(gs, rs) / jnp.where(defined, lengths, 1.0), 0.0)
+
+
+def _scaled(xs, axes):
+    """Divided by their largest entry; zero where it is zero or not finite."""
+    xs = [jnp.asarray(x, trees.importance_dtype(jnp.result_type(x))) for x in xs]
+    keep = axes is not None
+    tops = [jnp.max(jnp.abs(x), axis=axes, keepdims=keep) for x in xs]
+    top = functools.reduce(jnp.maximum, tops)
+    usable = jnp.isfinite(top) & (top > 0)
+    return [jnp.where(usable, x / jnp.where(usable, top, 1.0), 0.0) for x in xs]
