@@ -7,7 +7,7 @@ of M exactly as it was: :math:`x \in \operatorname{span} M` gives :math:`x^\top 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
