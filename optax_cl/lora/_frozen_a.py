@@ -1,0 +1,415 @@
+r"""Frozen input sides: train ``b`` alone, reading where past tasks are not.
+
+With :math:`\Delta W = a b` and ``a`` fixed, what an adapter can read of an input x is
+:math:`a^\top x`, for ever. Put ``a`` where that is zero for past tasks, and nothing
+that ``b`` learns reaches them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_cl._core import checks, tasks
+from optax_cl.lora import _factors, _inputs, _memory
+from optax_cl.lora._adapters import Adapters, LoRA, Targets
+
+STATISTICS = (*_memory.STATISTICS, "inputs")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class FrozenARules:
+    """How the memory grows. A static node: it holds no arrays."""
+
+    targets: Targets
+    statistic: str
+    overflow: str
+
+
+class FrozenAState(NamedTuple):
+    """State of :func:`frozen_a`."""
+
+    tasks: chex.Array  # int32 [], boundaries so far
+    threshold: chex.Array  # float32 [], share of energy that the memory reaches
+    memory: Any  # GradientMemory at every targeted `a`; None without a memory
+    rules: Any  # FrozenARules, static; None without a memory
+
+
+def frozen_a(
+    *,
+    targets: Targets | None = None,
+    memory_rank: int | Mapping[str, int] | None = None,
+    threshold: chex.Numeric = 0.99,
+    statistic: str = "mean",
+    overflow: str = "strongest",
+    factors: str = _factors.FACTORS,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Holds ``a`` fixed, and remembers where past tasks' gradients or inputs lie.
+
+    The updates of input-side factors become zero; all others pass. With a memory, a
+    basis M ``[in, p]`` per kernel grows at each boundary by the GPM rule, and
+    :func:`frozen_a_init` starts the next ``a`` off it: :math:`M^\top a = 0`. As ``a``
+    stays, the layer's output is *exactly* unchanged, to rounding of one product, for
+    every input in the span of M, whatever ``b`` becomes.
+
+    **Which inputs are those?** It depends on what the memory is made of:
+
+    ``"mean"``
+      The gradient of the mean loss, :math:`G = \frac1N \sum_i x_i \delta_i^\top` (as
+      KeepLoRA). Its columns are mixtures of inputs, so M lies in their span, but it
+      has at most ``out`` columns a task: where inputs span more than ``out``
+      dimensions (a layer before a few classes, always), single old inputs are *not*
+      protected, only the mixtures that the loss would have moved.
+    ``"batches"``
+      All batches' gradients: up to ``out`` columns a batch. With the threshold at 1
+      and enough of them, all inputs that have a gradient.
+    ``"inputs"``
+      The inputs themselves (as InfLoRA and GPM). With the threshold at 1 and room for
+      them, M spans all inputs that ``collect`` saw, and each of them is protected.
+      Needs ``Task.layer_inputs``.
+
+    Below 1, the threshold leaves that share of energy outside. And "inputs" are those
+    of the layer: they stay what they were only if the layers before keep their outputs.
+
+    **Placement.** Last, so that neither weight decay nor anything else moves ``a``;
+    before the moments an optimizer without decay keeps it still as well.
+
+    **Boundaries.** ``collect(opt_state, adapters, batches, task=task, frozen=params,
+    key=key)`` differentiates with respect to the frozen kernels (or reads their
+    inputs), ``end_task`` grows M. Then merge (``lora.merge``), start new adapters off
+    ``lora.memory(opt_state)`` and clear the moments (``optax_cl.reset_state``).
+
+    **Memory.** M, float32 ``[in, p]`` per kernel. **Work per step.** None.
+    **Boundary.** One SVD of ``[in, out]`` (``[in, in]`` unless ``"mean"``) per kernel.
+
+    Args:
+      targets: The adapted kernels, from ``lora.targets``; for a memory only.
+      memory_rank: Columns of M: one number, or one for each path; at most the fan-in
+        less the adapter's rank is used, since ``a`` needs room. None: no memory.
+      threshold: Share of a task's energy, in [0, 1], that M is to hold; 0 adds nothing.
+        May be a tracer.
+      statistic: ``"mean"``, ``"batches"`` or ``"inputs"``.
+      overflow: When a task's directions do not fit: ``"strongest"`` keeps the strongest
+        of them; ``"error"`` makes ``end_task``, outside jit, raise.
+      factors: Regular expression, searched in a leaf's path: which leaves ``[*batch,
+        in, r]`` are input-side factors.
+
+    Returns:
+      A ``GradientTransformationExtraArgs`` with state ``FrozenAState``.
+
+    Raises:
+      ValueError: For arguments out of range, or one of ``targets`` and ``memory_rank``
+        without the other; at ``init`` if no leaf is a factor; in ``collect`` without
+        what the memory reads.
+      TypeError: For arguments of a wrong type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_cl
+      >>> from optax_cl import lora
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}
+      >>> chosen = lora.targets(params, {"kernel": 2}, alpha=2.0)
+      >>> task = optax_cl.Task(layer_inputs=lambda both, x: {"kernel": x})
+      >>> tx = optax.chain(
+      ...     optax.adam(0.1),
+      ...     lora.frozen_a(targets=chosen, memory_rank=4, statistic="inputs"))
+      >>> adapters = lora.frozen_a_init(chosen, {"kernel": jnp.ones((6, 4))})
+      >>> state = tx.init(adapters)
+      >>> x = jnp.eye(6)[:2]  # the first task's inputs
+      >>> stats = optax_cl.collect(
+      ...     state, adapters, [x], task=task, frozen=params, key=jax.random.key(0))
+      >>> state = optax_cl.end_task(state, adapters, stats)
+      >>> adapters = lora.frozen_a_init(
+      ...     chosen, {"kernel": jnp.ones((6, 4))}, lora.memory(state))
+      >>> updates, state = tx.update(
+      ...     jax.tree.map(jnp.ones_like, adapters), state, adapters)
+      >>> learned = optax.apply_updates(adapters, updates)
+      >>> print(jnp.abs(x @ lora.product(learned["kernel"])).max() < 1e-7)
+      True
+
+    References:
+      `KeepLoRA <https://arxiv.org/abs/2601.19659>`_, 2026 (gradients)
+
+      Liang and Li, `InfLoRA: Interference-Free Low-Rank Adaptation for Continual
+      Learning <https://arxiv.org/abs/2404.00228>`_, 2024 (inputs)
+
+      Zhang et al, `LoRA-FA <https://arxiv.org/abs/2308.03303>`_, 2023 (no memory)
+
+      Saha et al, `Gradient Projection Memory <https://arxiv.org/abs/2103.09762>`_, 2021
+
+    Differs from the papers:
+      1. KeepLoRA's protection of the pre-trained weights' own subspace is left out.
+      2. InfLoRA bounds its memory by switching to the complement when that is smaller
+         (DualGPM); here the capacity is fixed.
+    """
+    _factors.check_pattern(factors)
+    checks.check_number("threshold", threshold, low=0.0, high=1.0)
+    checks.check_choice("statistic", statistic, STATISTICS)
+    checks.check_choice("overflow", overflow, _memory.OVERFLOWS)
+    if (targets is None) != (memory_rank is None):
+        raise ValueError(
+            "`targets` and `memory_rank` make a memory together; got "
+            f"{'only `memory_rank`' if targets is None else 'only `targets`'}. Give "
+            "both, or neither to hold `a` fixed without a memory."
+        )
+    ranks, rules = None, None
+    if targets is not None:
+        if not isinstance(targets, Targets):
+            raise TypeError(
+                "`targets` must be made by `lora.targets(params, ranks, alpha=...)`; "
+                f"got {type(targets).__name__}."
+            )
+        ranks = _checked_ranks(targets, memory_rank)
+        rules = FrozenARules(targets, statistic, overflow)
+
+    def init_fn(params):
+        _factors.map_factors("frozen_a", factors, lambda leaf: leaf, params)
+        return FrozenAState(
+            tasks=jnp.zeros([], jnp.int32),
+            threshold=jnp.array(threshold, jnp.float32, copy=True),
+            memory=None if ranks is None else _empty_memory(targets, ranks),
+            rules=rules,
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+
+        def hold(path, u):
+            # Not 0 * u: a gradient that overflowed must not reach `a` either.
+            return jnp.zeros_like(u) if _factors.is_factor(factors, path) else u
+
+        updates = jax.tree_util.tree_map_with_path(hold, updates)
+        return updates, state._replace(
+            threshold=jnp.array(threshold, jnp.float32, copy=True)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def frozen_a_init(
+    targets: Targets,
+    matrices: Mapping[str, chex.Array],
+    memory: Mapping[str, chex.Array] | None = None,
+    *,
+    scale: chex.Numeric = 1.0,
+) -> Adapters:
+    r"""Adapters whose ``a`` reads the strongest new directions off the memory.
+
+    The columns of ``a`` are the r leading left singular vectors of :math:`(I - M
+    M^\top) F`, times ``scale``, and ``b`` is zero, so the model is unchanged. For
+
+    * F the task's gradients (``lora.mean_gradients``) this is KeepLoRA's start;
+    * F the covariances of its inputs (``lora.input_covariances``) and ``scale =
+      3 ** -0.5``, InfLoRA's.
+
+    Columns are orthonormal and orthogonal to M, to rounding. Where F has fewer than r
+    directions off the memory (zero, in the end), a fixed draw of random ones, off the
+    memory too, fills up.
+
+    Args:
+      targets: The kernels that get adapters, from ``lora.targets``.
+      matrices: F, ``{path: [*batch, in, k]}``.
+      memory: M, ``{path: [*batch, in, p]}``, from ``lora.memory``; None for none.
+      scale: Length of the columns of ``a``.
+
+    Returns:
+      ``{path: LoRA}`` in float32.
+
+    Raises:
+      ValueError: If matrices or bases are missing or do not fit; outside jit, if
+        matrices are not finite (inside jit the random directions take over), or the
+        memory leaves fewer than r directions.
+
+    Cost. One SVD of ``[in, k]`` and one QR of ``[in, r]`` per kernel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_cl import lora
+      >>> params = {"kernel": jnp.zeros((3, 2))}
+      >>> chosen = lora.targets(params, {"kernel": 1}, alpha=1.0)
+      >>> gradients = {"kernel": jnp.array([[9.0, 0.0], [0.0, 5.0], [0.0, 0.0]])}
+      >>> memory = {"kernel": jnp.array([[1.0], [0.0], [0.0]])}  # protects input 0
+      >>> adapters = lora.frozen_a_init(chosen, gradients, memory)
+      >>> print(jnp.abs(adapters["kernel"].a[:, 0]))
+      [0. 1. 0.]
+
+    References:
+      `KeepLoRA <https://arxiv.org/abs/2601.19659>`_, 2026
+
+      Liang and Li, `InfLoRA <https://arxiv.org/abs/2404.00228>`_, 2024
+    """
+    adapters = {}
+    for path, target in targets.items():
+        *batch, fan_in, fan_out = target.matrix_shape
+        f = _entry("matrices", matrices, path, (*batch, fan_in))
+        if not isinstance(f, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(f))):
+            raise ValueError(
+                f"`matrices` are not finite at `{path}`. Look for a loss that is NaN "
+                "or infinite on one of the batches, or overflows in its dtype."
+            )
+        if memory is None:
+            basis = jnp.zeros((*batch, fan_in, 1), jnp.float32)
+        else:
+            basis = _entry("memory", memory, path, (*batch, fan_in))
+        _check_room(path, basis, target.rank)
+        a = _leading_off(basis, f.astype(jnp.float32), target.rank)
+        adapters[path] = LoRA(
+            a=scale * a, b=jnp.zeros((*batch, target.rank, fan_out), jnp.float32)
+        )
+    return adapters
+
+
+# --- The start -----------------------------------------------------------------------
+
+
+def _leading_off(memory: chex.Array, f: chex.Array, r: int) -> chex.Array:
+    """The r leading left singular vectors of ``(I - M M^T) F``, filled up if fewer."""
+    finite = jnp.all(jnp.isfinite(f), axis=(-2, -1), keepdims=True)
+    f = jnp.where(finite, f, 0)
+    # Only directions matter, and squares of a small gradient would underflow.
+    size = jnp.max(jnp.abs(f), axis=(-2, -1), keepdims=True)
+    f = f / jnp.where(size > 0, size, 1)
+    vectors, singular, _ = jnp.linalg.svd(_off(f, memory), full_matrices=False)
+    floor = jnp.linalg.norm(f, axis=(-2, -1)) * f.shape[-2] * jnp.finfo(f.dtype).eps
+    found = min(r, vectors.shape[-1])
+    keep = (singular > floor[..., None])[..., :found]
+    missing = [(0, 0)] * (keep.ndim - 1) + [(0, r - found)]
+    keep = jnp.pad(keep, missing)[..., None, :]
+    vectors = jnp.pad(vectors[..., :found], [(0, 0), *missing])
+    # Gram and Schmidt leave the first columns, which are orthonormal, as they are.
+    drawn = jax.random.normal(jax.random.key(0), vectors.shape, vectors.dtype)
+    q, upper = jnp.linalg.qr(_off(jnp.where(keep, vectors, drawn), memory))
+    signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
+    # Off the memory once more: random columns had most of their length taken out.
+    return _memory.off_memory(q * signs[..., None, :], memory)
+
+
+def _off(matrix, memory):
+    # Twice, since one projection leaves rounding of the size of what came in.
+    return _memory.off_memory(_memory.off_memory(matrix, memory), memory)
+
+
+def _entry(name, given, path, lead):
+    if path not in given:
+        raise ValueError(
+            f"`{name}` must have an entry for every target; there is none for "
+            f"`{path}` among {sorted(given)}."
+        )
+    x = jnp.asarray(given[path])
+    if x.ndim != len(lead) + 1 or x.shape[:-1] != lead:
+        raise ValueError(
+            f"`{name}` must hold matrices [*batch, in, columns]; at `{path}` expected "
+            f"{lead} in front, got shape {x.shape}."
+        )
+    return x
+
+
+def _check_room(path, basis, r):
+    if isinstance(basis, jax.core.Tracer):
+        return
+    used = np.max(np.sum(np.any(np.asarray(basis) != 0, axis=-2), axis=-1))
+    if basis.shape[-2] - used < r:
+        raise ValueError(
+            f"the memory holds {used} of the {basis.shape[-2]} directions of `{path}`: "
+            f"there are no {r} left for an adapter. Use a smaller rank, `memory_rank` "
+            "or `threshold`."
+        )
+
+
+# --- The memory ----------------------------------------------------------------------
+
+
+def _checked_ranks(targets, memory_rank):
+    if isinstance(memory_rank, Mapping):
+        if set(memory_rank) != set(targets):
+            raise ValueError(
+                "`memory_rank` must be one number, or have one for each target, "
+                f"{sorted(targets)}; got {sorted(memory_rank)}."
+            )
+        given = dict(memory_rank)
+    else:
+        given = dict.fromkeys(targets, memory_rank)
+    ranks = {}
+    for path, target in targets.items():
+        checks.check_positive_int("memory_rank", given[path])
+        fan_in = target.matrix_shape[-2]
+        if fan_in == target.rank:
+            raise ValueError(
+                f"`{path}` has {fan_in} inputs and an adapter of the same rank: there "
+                "is no room for a memory. Give it a smaller rank."
+            )
+        ranks[path] = min(given[path], fan_in - target.rank)
+    return ranks
+
+
+def _empty_memory(targets, ranks):
+    def empty(path, make):
+        *batch, fan_in, _ = targets[path].matrix_shape
+        return LoRA(a=make(batch, fan_in, ranks[path]), b=optax.MaskedNode())
+
+    return _memory.GradientMemory(
+        basis={
+            path: empty(path, lambda batch, n, p: jnp.zeros((*batch, n, p)))
+            for path in targets
+        },
+        count={
+            path: empty(path, lambda batch, n, p: jnp.zeros(batch, jnp.int32))
+            for path in targets
+        },
+    )
+
+
+def _passes(state):
+    if state.memory is None:
+        return ()
+    targets, statistic = state.rules.targets, state.rules.statistic
+    if statistic == "inputs":
+        return (_inputs.input_pass(targets),)
+    return (_memory.memory_pass(targets, statistic),)
+
+
+def _end_task(state, params, results):
+    del params
+    state = state._replace(tasks=state.tasks + 1)
+    if state.memory is None:
+        return state
+    (matrices,) = results.values()
+    basis, count = {}, {}
+    for path, f in matrices.items():
+        old, used = state.memory.basis[path].a, state.memory.count[path].a
+        if state.rules.overflow == "error":
+            _check_fits(path, old, used, f, state.threshold)
+        grown, now = _memory.grow_memory(old, used, f, state.threshold)
+        basis[path] = state.memory.basis[path]._replace(a=grown)
+        count[path] = state.memory.count[path]._replace(a=now)
+    return state._replace(memory=_memory.GradientMemory(basis, count))
+
+
+def _check_fits(path, basis, count, f, threshold):
+    wanted = count + _memory.missing_columns(basis, f, threshold)
+    if isinstance(wanted, jax.core.Tracer):
+        raise ValueError(
+            "`overflow='error'` cannot be checked inside a transformed function. Call "
+            "`end_task` outside `jit`, or use `overflow='strongest'`."
+        )
+    if np.max(wanted) > basis.shape[-1]:
+        raise ValueError(
+            f"the memory of `{path}` needs {np.max(wanted)} columns, but has room for "
+            f"{basis.shape[-1]}. Use a larger `memory_rank`, a lower `threshold`, or "
+            "`overflow='strongest'`."
+        )
+
+
+tasks.register_boundary(
+    FrozenAState,
+    tasks.Boundary(
+        passes=_passes,
+        end_task=_end_task,
+        usage=lambda state: (state.tasks, None),
+    ),
+)
