@@ -9,6 +9,7 @@ with :math:`c` the scale (``alpha / rank``). Papers that write ``y = W x`` have 
 transposes: their A is ``a.T`` here, their B is ``b.T``.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -132,21 +133,32 @@ def targets(
     """
     checks.check_number("alpha", alpha, low=0.0, open_low=True)
     matrices = matrix_views() if matrices is None else matrices
+    if not isinstance(ranks, Mapping) or not ranks:
+        raise ValueError(
+            f"`ranks` must map patterns to ranks, as {{'kernel': 8}}; got {ranks!r}."
+        )
     for pattern, rank in ranks.items():
         checks.check_positive_int(f"ranks[{pattern!r}]", rank)
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(
                 f"`ranks` must map regular expressions; got {pattern!r} ({error})."
             ) from error
+    leaves = _leaves(params)
     matched = set()
     entries = []
-    for path, leaf in _leaves(params).items():
+    for path, leaf in leaves.items():
         pattern = next((p for p in ranks if re.search(p, path)), None)
         if pattern is None:
             continue
-        view = matrices(path, jnp.shape(leaf))
+        try:
+            view = matrices(path, jnp.shape(leaf))
+        except ValueError as error:
+            raise ValueError(
+                f"`ranks` chooses `{path}` by {pattern!r}, but {error} Narrow the "
+                "pattern, or pass such a rule as `targets(..., matrices=...)`."
+            ) from error
         if view is None:  # a bias, say: a pattern for a layer may well match it
             continue
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
@@ -165,13 +177,13 @@ def targets(
                 f"{min(fan_in, fan_out)}. Give it a pattern of its own with a smaller "
                 "rank, before the one that matched."
             )
-        scale = alpha / (math.sqrt(rank) if rslora else rank)
+        scale = float(alpha) / (math.sqrt(rank) if rslora else rank)
         entries.append((path, Target(view, shape, rank, scale)))
     for pattern in ranks:
         if pattern not in matched:
             raise ValueError(
-                f"`ranks` has the pattern {pattern!r}, which chooses no kernel; the "
-                f"parameters have {', '.join(f'`{p}`' for p in _leaves(params))}."
+                f"`ranks` has the pattern {pattern!r}, which chooses no kernel"
+                f"{_why_none(pattern, list(ranks), leaves)}"
             )
     return Targets(tuple(sorted(entries)))
 
@@ -206,7 +218,7 @@ def replace_kernels(
 
 def product(adapter: Adapter) -> chex.Array:
     """``a b`` or ``v diag(s) u^T``, ``[*batch, in, out]``, in float32 or wider."""
-    left, right = _factors(adapter)
+    left, right = product_factors(adapter)
     wide = jnp.promote_types(left.dtype, jnp.float32)
     return jnp.matmul(left.astype(wide), right.astype(wide), precision=PRECISION)
 
@@ -267,7 +279,7 @@ def dense(
     y = x @ kernel
     if adapter is None:
         return y
-    left, right = _factors(adapter)
+    left, right = product_factors(adapter)
     return y + (scale * ((x @ left.astype(x.dtype)) @ right.astype(x.dtype))).astype(
         y.dtype
     )
@@ -298,21 +310,26 @@ def check_adapters(targets: Targets, adapters: Adapters) -> None:
                 f"`adapters` must hold LoRA or Spectral; at `{path}` got "
                 f"{type(adapter).__name__}."
             )
-        *batch, fan_in, fan_out = target.matrix_shape
-        left, right = jax.eval_shape(_factors, adapter)
-        if left.shape[:-1] != (*batch, fan_in) or right.shape != (
-            *batch,
-            left.shape[-1],
-            fan_out,
-        ):
-            shapes = {k: jnp.shape(x) for k, x in adapter._asdict().items()}
+        shapes = {name: jnp.shape(x) for name, x in adapter._asdict().items()}
+        if not _fits(target.matrix_shape, shapes):
             raise ValueError(
                 f"the adapter at `{path}` must fit a kernel [*batch, in, out] = "
                 f"{target.matrix_shape}; got {shapes}."
             )
 
 
-def _factors(adapter: Adapter) -> tuple[chex.Array, chex.Array]:
+def _fits(kernel: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    *batch, fan_in, fan_out = kernel
+    left = shapes["a"] if "a" in shapes else shapes["v"]
+    rank = left[-1] if left else 0
+    if "a" in shapes:
+        expected = {"a": (*batch, fan_in, rank), "b": (*batch, rank, fan_out)}
+        return shapes == expected
+    expected = {"u": (*batch, fan_out, rank), "v": (*batch, fan_in, rank)}
+    return any(shapes == {"s": s, **expected} for s in (tuple(batch), (*batch, rank)))
+
+
+def product_factors(adapter: Adapter) -> tuple[chex.Array, chex.Array]:
     """``[*batch, in, r]`` and ``[*batch, r, out]``, whose product is the update."""
     if isinstance(adapter, LoRA):
         return adapter.a, adapter.b
@@ -327,8 +344,32 @@ def _merged(targets, params, adapters, sign):
     merged = {}
     for path, kernel in kernels(targets, params).items():
         update = sign * targets[path].scale * product(adapters[path])
-        merged[path] = kernel.astype(update.dtype) + update
+        merged[path] = kernel.astype(jnp.result_type(kernel, update)) + update
     return replace_kernels(targets, params, merged)
+
+
+def _why_none(
+    pattern: str, patterns: list[str], leaves: Mapping[str, chex.Array]
+) -> str:
+    """The rest of the sentence on a pattern that chooses no kernel."""
+    found = [path for path in leaves if re.search(pattern, path)]
+    if not found:
+        # Near in spelling first; the others in their order make up the number.
+        near = difflib.get_close_matches(pattern, leaves, n=6, cutoff=0.3)
+        shown = list(dict.fromkeys([*near, *leaves]))[:6]
+        more = f" and {len(leaves) - 6} more" if len(leaves) > 6 else ""
+        return f": no path matches it. There are {', '.join(shown) or 'none'}{more}."
+    path = found[0]
+    before = next(p for p in patterns if re.search(p, path))
+    if before != pattern:
+        return (
+            f": `{path}` matches it, but is taken by {before!r} before it. Put the "
+            "narrower pattern first."
+        )
+    return (
+        f": `{path}` of shape {jnp.shape(leaves[path])} matches it, but is not read as "
+        "a matrix."
+    )
 
 
 def _leaves(params: chex.ArrayTree) -> dict[str, Any]:

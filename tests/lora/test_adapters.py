@@ -1,0 +1,508 @@
+"""Adapters beside frozen parameters: choosing, applying, converting, labelling."""
+
+import chex
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from optax_cl import MatrixView, lora, matrix_views
+
+
+def plain():
+    key = jax.random.key(0)
+    return {
+        "embed": {"embedding": jnp.ones((11, 4))},
+        "hidden": {"kernel": jax.random.normal(key, (4, 6)), "bias": jnp.zeros(6)},
+        "out": {"kernel": jax.random.normal(key, (6, 3)), "bias": None},
+    }
+
+
+def random_lora(targets, seed=0, dtype=jnp.float32):
+    keys = iter(jax.random.split(jax.random.key(seed), 2 * len(targets)))
+    adapters = {}
+    for path, target in targets.items():
+        *batch, fan_in, fan_out = target.matrix_shape
+        a = jax.random.normal(next(keys), (*batch, fan_in, target.rank), dtype)
+        b = jax.random.normal(next(keys), (*batch, target.rank, fan_out), dtype)
+        adapters[path] = lora.LoRA(a, b)
+    return adapters
+
+
+def zero_b(adapters):
+    return {k: x._replace(b=jnp.zeros_like(x.b)) for k, x in adapters.items()}
+
+
+def all_equal(x, y):
+    return all(
+        bool(jnp.array_equal(p, q))
+        for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    )
+
+
+# Choosing
+
+
+def test_first_matching_pattern_decides():
+    targets = lora.targets(plain(), {"out/kernel": 1, "kernel": 2}, alpha=4.0)
+    assert {path: (t.rank, t.scale) for path, t in targets.items()} == {
+        "hidden/kernel": (2, 2.0),
+        "out/kernel": (1, 4.0),
+    }
+
+
+def test_rank_stabilised_scale_divides_by_the_root():
+    targets = lora.targets(plain(), {"hidden/kernel": 4}, alpha=4.0, rslora=True)
+    assert targets["hidden/kernel"].scale == 2.0
+
+
+def test_a_pattern_without_a_kernel_names_near_paths():
+    with pytest.raises(ValueError, match=r"'hiden/kernel'.*There are hidden/kernel"):
+        lora.targets(plain(), {"hiden/kernel": 2}, alpha=1.0)
+
+
+def test_a_long_list_of_paths_is_cut():
+    params = {f"layer_{i}": jnp.ones((3, 3)) for i in range(40)}
+    with pytest.raises(ValueError, match="and 34 more") as error:
+        lora.targets(params, {"nothing": 1}, alpha=1.0)
+    assert str(error.value).count("layer_") == 6
+
+
+def test_a_pattern_that_only_biases_match_says_so():
+    with pytest.raises(ValueError, match=r"`hidden/bias`.*not read as a matrix"):
+        lora.targets(plain(), {"bias": 1}, alpha=1.0)
+
+
+def test_a_pattern_behind_a_wider_one_says_so():
+    with pytest.raises(ValueError, match=r"taken by 'kernel'.*narrower pattern first"):
+        lora.targets(plain(), {"kernel": 1, "hidden/kernel": 2}, alpha=1.0)
+
+
+def test_rank_beyond_the_kernel_is_refused():
+    with pytest.raises(ValueError, match=r"`out/kernel` rank 4.*6x3"):
+        lora.targets(plain(), {"out": 4}, alpha=1.0)
+
+
+def test_integer_kernels_are_refused():
+    with pytest.raises(TypeError, match=r"`q/kernel`, which holds int8"):
+        lora.targets({"q": {"kernel": jnp.ones((3, 3), jnp.int8)}}, {"q": 1}, alpha=1.0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "alpha", "error", "match"),
+    [
+        ({"kernel": 0}, 1.0, ValueError, "at least 1"),
+        ({"kernel": 1.0}, 1.0, TypeError, "must be a Python integer"),
+        ({"kernel": 1}, 0.0, ValueError, "`alpha`"),
+        ({"kernel": 1}, float("nan"), ValueError, "`alpha`"),
+        ({"(": 1}, 1.0, ValueError, "regular expressions"),
+        ({3: 1}, 1.0, ValueError, "regular expressions"),
+        ({}, 1.0, ValueError, "must map patterns to ranks"),
+        (4, 1.0, ValueError, "must map patterns to ranks"),
+    ],
+)
+def test_bad_arguments_are_named(ranks, alpha, error, match):
+    with pytest.raises(error, match=match):
+        lora.targets(plain(), ranks, alpha=alpha)
+
+
+def test_embeddings_are_refused_with_advice():
+    with pytest.raises(ValueError, match=r"`embed/embedding`.*embedding table") as e:
+        lora.targets(plain(), {"embed": 1}, alpha=1.0)
+    assert "targets(..., matrices=...)" in str(e.value)
+
+
+def test_embeddings_work_on_their_feature_side():
+    params = plain()
+    targets = lora.targets(
+        params, {"embed": 2}, alpha=2.0, matrices=matrix_views(embeddings="features")
+    )
+    assert targets["embed/embedding"].matrix_shape == (4, 11)
+    adapters = random_lora(targets)
+    merged = lora.merge(targets, params, adapters)["embed"]["embedding"]
+    update = np.asarray(lora.product(adapters["embed/embedding"])).T
+    np.testing.assert_allclose(merged, 1.0 + update, rtol=1e-5)
+
+
+def test_convolutions_get_an_adapter_on_their_patches():
+    x = jax.random.normal(jax.random.key(1), (1, 2, 3, 4))
+    params = {"conv": {"kernel": jnp.ones((2, 3, 4, 5))}}
+    targets = lora.targets(params, {"conv": 2}, alpha=2.0)
+    adapters = random_lora(targets)
+    kernel = lora.merge(targets, params, adapters)["conv"]["kernel"]
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    a, b = (np.asarray(f, np.float64) for f in adapters["conv/kernel"])
+    patch = np.asarray(x, np.float64).reshape(1, 24)
+    expected = patch @ np.ones((24, 5)) + patch @ a @ b
+    np.testing.assert_allclose(y.reshape(1, 5), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_kernels_by_override():
+    params = {"q": {"kernel": jnp.zeros((4, 2, 3))}}
+    views = matrix_views(override={"q/kernel": MatrixView((0,), (1, 2))})
+    targets = lora.targets(params, {"q": 2}, alpha=2.0, matrices=views)
+    adapters = random_lora(targets)
+    merged = lora.merge(targets, params, adapters)["q"]["kernel"]
+    a, b = adapters["q/kernel"]
+    np.testing.assert_allclose(
+        merged, jnp.einsum("ir,rhd->ihd", a, b.reshape(2, 2, 3)), rtol=1e-5
+    )
+
+
+def test_stacked_layers_are_adapted_one_by_one():
+    params = {"layers": {"kernel": jnp.zeros((5, 4, 3))}}
+    views = matrix_views(stacked="^layers/")
+    targets = lora.targets(params, {"kernel": 2}, alpha=2.0, matrices=views)
+    adapters = random_lora(targets)
+    merged = lora.merge(targets, params, adapters)["layers"]["kernel"]
+    for layer in range(5):
+        alone = jax.tree.map(lambda x, i=layer: x[i], adapters["layers/kernel"])
+        np.testing.assert_allclose(
+            merged[layer], np.asarray(alone.a) @ np.asarray(alone.b), rtol=1e-4
+        )
+
+
+def test_targets_are_static_hashable_and_compare_by_value():
+    targets = lora.targets(plain(), {"kernel": 2}, alpha=4.0)
+    again = lora.targets(plain(), {"kernel": 2}, alpha=jnp.float32(4.0))
+    assert targets == again and hash(targets) == hash(again)
+    assert targets != lora.targets(plain(), {"kernel": 2}, alpha=2.0)
+    assert jax.tree.leaves(targets) == []
+
+
+# Applying
+
+
+def test_merge_adds_the_scaled_product():
+    params = plain()
+    targets = lora.targets(params, {"kernel": 2}, alpha=3.0)
+    adapters = random_lora(targets)
+    merged = lora.merge(targets, params, adapters)
+    for layer in ("hidden", "out"):
+        a, b = (np.asarray(f, np.float64) for f in adapters[f"{layer}/kernel"])
+        expected = np.asarray(params[layer]["kernel"], np.float64) + 1.5 * a @ b
+        np.testing.assert_allclose(merged[layer]["kernel"], expected, rtol=2e-5)
+    assert merged["hidden"]["bias"] is params["hidden"]["bias"]
+    assert merged["embed"]["embedding"] is params["embed"]["embedding"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)]
+)
+def test_unmerge_takes_out_what_merge_added(dtype, tolerance):
+    params = jax.tree.map(lambda x: x.astype(dtype), plain())
+    targets = lora.targets(params, {"kernel": 2}, alpha=2.0)
+    adapters = random_lora(targets)
+    merged = lora.merge(targets, params, adapters)
+    back = lora.unmerge(targets, merged, adapters)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, params)
+    difference = jax.tree.map(lambda x, y: jnp.abs(x - y).max(), back, params)
+    assert max(jax.tree.leaves(difference)) < 8 * tolerance
+    assert float(jnp.abs(merged["out"]["kernel"] - params["out"]["kernel"]).max()) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zero_b_is_the_base_model_bitwise(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), plain())
+    targets = lora.targets(params, {"kernel": 2}, alpha=2.0)
+    adapters = zero_b(random_lora(targets))
+    assert all_equal(lora.merge(targets, params, adapters), params)
+    x = jax.random.normal(jax.random.key(3), (7, 4)).astype(dtype)
+    kernel = params["hidden"]["kernel"]
+    for adapter in (adapters["hidden/kernel"], None):
+        y = lora.dense(x, kernel, adapter, targets["hidden/kernel"].scale)
+        assert y.dtype == dtype and bool(jnp.array_equal(y, x @ kernel))
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 4e-2)])
+@pytest.mark.parametrize("spectral", [False, True])
+def test_dense_equals_the_merged_kernel(dtype, rtol, spectral):
+    params = jax.tree.map(lambda x: x.astype(dtype), plain())
+    targets = lora.targets(params, {"hidden/kernel": 3}, alpha=1.0)
+    adapters = random_lora(targets)
+    if spectral:
+        adapters = lora.to_spectral(adapters)
+    x = jax.random.normal(jax.random.key(3), (2, 7, 4)).astype(dtype)
+    merged = lora.merge(targets, params, adapters)["hidden"]["kernel"]
+    target = targets["hidden/kernel"]
+    y = lora.dense(
+        x, params["hidden"]["kernel"], adapters["hidden/kernel"], target.scale
+    )
+    expected = np.asarray(x, np.float64) @ np.asarray(merged, np.float64)
+    assert y.dtype == dtype
+    error = np.abs(np.asarray(y, np.float64) - expected).max()
+    assert error < rtol * np.abs(expected).max()
+
+
+def test_sums_are_taken_in_float32_for_bfloat16_kernels():
+    # 1 + 2^-8 is a tie that bfloat16 rounds down; the product's last bit, which
+    # bfloat16 would have dropped before the sum, tips it up.
+    params = {"kernel": jnp.ones((1, 1), jnp.bfloat16)}
+    targets = lora.targets(params, {"kernel": 1}, alpha=1.0)
+    a = jnp.full((1, 1), 1.0 + 2.0**-9)
+    adapters = {"kernel": lora.LoRA(a, jnp.full((1, 1), 2.0**-8))}
+    assert float(lora.merge(targets, params, adapters)["kernel"][0, 0]) > 1.0
+
+
+def test_float64_kernels_keep_their_digits(x64):
+    params = {"kernel": jnp.full((2, 2), 1.0 + 1e-12, jnp.float64)}
+    targets = lora.targets(params, {"kernel": 1}, alpha=1.0)
+    adapters = zero_b(random_lora(targets))
+    assert all_equal(lora.merge(targets, params, adapters), params)
+
+
+def test_the_product_has_at_most_the_rank():
+    targets = lora.targets(plain(), {"hidden/kernel": 2}, alpha=1.0)
+    for adapters in (random_lora(targets), lora.to_spectral(random_lora(targets))):
+        product = lora.product(adapters["hidden/kernel"])
+        assert np.linalg.matrix_rank(product, tol=1e-5) == 2
+
+
+def test_count_counts_every_number():
+    targets = lora.targets(plain(), {"kernel": 2}, alpha=1.0)
+    assert lora.count(random_lora(targets)) == 2 * (4 + 6) + 2 * (6 + 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda x: {}, "must map the paths"),
+        (lambda x: None, "must map the paths"),
+        (lambda x: {**x, "more": x["out/kernel"]}, "must map the paths"),
+        (lambda x: {**x, "out/kernel": x["out/kernel"].a}, "must hold LoRA"),
+        (
+            lambda x: {**x, "out/kernel": x["out/kernel"]._replace(a=jnp.ones((5, 2)))},
+            r"at `out/kernel` must fit .*\(6, 3\)",
+        ),
+        (
+            # Would broadcast in silence.
+            lambda x: {
+                **x,
+                "out/kernel": lora.Spectral(
+                    jnp.ones(1), jnp.ones((3, 2)), jnp.ones((6, 2))
+                ),
+            },
+            r"at `out/kernel` must fit",
+        ),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(damage, match):
+    params = plain()
+    targets = lora.targets(params, {"kernel": 2}, alpha=1.0)
+    with pytest.raises(ValueError, match=match):
+        lora.merge(targets, params, damage(random_lora(targets)))
+
+
+def test_foreign_parameters_are_refused():
+    params = plain()
+    targets = lora.targets(params, {"kernel": 2}, alpha=1.0)
+    with pytest.raises(ValueError, match=r"`hidden/kernel` expected shape .*no such"):
+        lora.kernels(targets, {"out": params["out"]})
+
+
+# Models
+
+
+def test_linen_parameters():
+    model = nn.Dense(3)
+    x = jnp.ones((2, 4))
+    variables = model.init(jax.random.key(0), x)
+    targets = lora.targets(variables, {"kernel": 2}, alpha=2.0)
+    assert list(targets) == ["params/kernel"]
+    adapters = random_lora(targets)
+    y = model.apply(lora.merge(targets, variables, adapters), x)
+    expected = model.apply(variables, x) + x @ lora.product(adapters["params/kernel"])
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_nnx_states(pure):
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state) if pure else state
+    targets = lora.targets(params, {"kernel": 2}, alpha=2.0)
+    assert list(targets) == ["kernel"]
+    adapters = random_lora(targets)
+    merged = lora.merge(targets, params, adapters)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    if pure:
+        nnx.replace_by_pure_dict(state, merged)
+        merged = state
+    x = jnp.ones((2, 4))
+    expected = model(x) + x @ lora.product(adapters["kernel"])
+    np.testing.assert_allclose(nnx.merge(graphdef, merged)(x), expected, atol=1e-5)
+
+
+def test_equinox_trees_with_none_leaves():
+    model = eqx.nn.MLP(4, 3, 5, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    views = matrix_views(layout="out_in")
+    targets = lora.targets(params, {"weight": 2}, alpha=2.0, matrices=views)
+    assert list(targets) == ["layers/0/weight", "layers/1/weight"]
+    assert targets["layers/0/weight"].matrix_shape == (4, 5)
+    adapters = random_lora(targets)
+    x = jnp.ones(4)
+    merged = eqx.combine(lora.merge(targets, params, adapters), static)
+    first, second = model.layers
+    h = first(x) + x @ lora.product(adapters["layers/0/weight"])
+    h = jax.nn.relu(h)
+    expected = second(h) + h @ lora.product(adapters["layers/1/weight"])
+    np.testing.assert_allclose(merged(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_merge_under_jit(closed_over):
+    params = plain()
+    targets = lora.targets(params, {"kernel": 2}, alpha=2.0)
+    adapters = random_lora(targets)
+    if closed_over:
+        merged = jax.jit(lambda p, a: lora.merge(targets, p, a))(params, adapters)
+    else:
+        merged = jax.jit(lora.merge)(targets, params, adapters)
+    chex.assert_trees_all_close(merged, lora.merge(targets, params, adapters))
+
+
+def test_vmap_over_seeds_equals_one_by_one():
+    params = plain()
+    targets = lora.targets(params, {"kernel": 2}, alpha=2.0)
+    seeds = [random_lora(targets, seed) for seed in range(3)]
+    together = jax.tree.map(lambda *x: jnp.stack(x), *seeds)
+    merged = jax.vmap(lambda a: lora.merge(targets, params, a)["out"])(together)
+    for i, adapters in enumerate(seeds):
+        alone = lora.merge(targets, params, adapters)["out"]
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], merged), alone)
+
+
+# Training
+
+
+def loss(params, adapters, targets, x):
+    merged = lora.merge(targets, params, adapters)
+    h = x @ merged["hidden"]["kernel"]
+    return jnp.mean((h @ merged["out"]["kernel"] - 1.0) ** 2)
+
+
+def test_gradients_reach_the_adapters_as_the_chain_rule_says():
+    params = plain()
+    targets = lora.targets(params, {"out/kernel": 2}, alpha=3.0)
+    adapters = random_lora(targets)
+    x = jax.random.normal(jax.random.key(5), (8, 4))
+    grad = jax.grad(loss, 1)(params, adapters, targets, x)["out/kernel"]
+    merged = lora.merge(targets, params, adapters)
+    dw = jax.grad(lambda w: jnp.mean((x @ params["hidden"]["kernel"] @ w - 1.0) ** 2))(
+        merged["out"]["kernel"]
+    )
+    a, b = adapters["out/kernel"]
+    np.testing.assert_allclose(grad.a, 1.5 * dw @ b.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grad.b, 1.5 * a.T @ dw, rtol=1e-4, atol=1e-5)
+
+
+def test_partition_trains_adapters_only_and_keeps_no_state_for_the_rest():
+    params = plain()
+    targets = lora.targets(params, {"kernel": 2}, alpha=2.0)
+    tree = {"params": params, "adapters": random_lora(targets)}
+    tx = optax.partition(
+        {"adapter": optax.adamw(0.01), "frozen": optax.set_to_zero()}, lora.labels
+    )
+    state = tx.init(tree)
+    sizes = sum(x.size for x in jax.tree.leaves(state))
+    assert sizes == 2 * lora.count(tree["adapters"]) + 1
+    x = jax.random.normal(jax.random.key(5), (8, 4))
+
+    @jax.jit
+    def step(tree, state):
+        value, grads = jax.value_and_grad(
+            lambda t: loss(t["params"], t["adapters"], targets, x)
+        )(tree)
+        updates, state = tx.update(grads, state, tree)
+        return optax.apply_updates(tree, updates), state, value
+
+    start = tree
+    values = []
+    for _ in range(20):
+        tree, state, value = step(tree, state)
+        values.append(value)
+    assert values[-1] < 0.7 * values[0]
+    assert all_equal(tree["params"], start["params"])
+    assert not all_equal(tree["adapters"], start["adapters"])
+
+
+def test_labels_without_adapters_raise():
+    with pytest.raises(ValueError, match="found no LoRA or Spectral"):
+        lora.labels(plain())
+
+
+# Two parametrisations
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (4, 4)])
+def test_to_spectral_is_the_thin_svd_of_the_product(batch, shape):
+    key = jax.random.key(1)
+    adapter = lora.LoRA(
+        jax.random.normal(key, (*batch, shape[0], 3)),
+        jax.random.normal(jax.random.fold_in(key, 1), (*batch, 3, shape[1])),
+    )
+    spectral = lora.to_spectral({"w": adapter})["w"]
+    a, b = (np.asarray(f, np.float64) for f in adapter)
+    singular = np.linalg.svd(a @ b, compute_uv=False)[..., :3]
+    np.testing.assert_allclose(spectral.s, singular, rtol=1e-5)
+    np.testing.assert_allclose(lora.product(spectral), a @ b, rtol=1e-4, atol=1e-5)
+    for side in (spectral.u, spectral.v):
+        gram = np.swapaxes(side, -1, -2) @ side
+        np.testing.assert_allclose(
+            gram, np.broadcast_to(np.eye(3), gram.shape), atol=1e-5
+        )
+
+
+def test_signs_are_settled():
+    key = jax.random.key(1)
+    a, b = jax.random.normal(key, (5, 2)), jax.random.normal(key, (2, 4))
+    one = lora.to_spectral({"w": lora.LoRA(a, b)})["w"]
+    other = lora.to_spectral({"w": lora.LoRA(-a, -b)})["w"]
+    chex.assert_trees_all_close(one, other, atol=1e-5)
+    v = np.asarray(one.v)
+    assert (v[np.abs(v).argmax(0), np.arange(2)] > 0).all()
+
+
+@pytest.mark.parametrize("zero", ["a", "b", "both"])
+def test_a_zero_update_has_orthonormal_sides_and_no_nan(zero):
+    a = jnp.zeros((5, 2)) if zero != "b" else jnp.ones((5, 2))
+    b = jnp.zeros((2, 4)) if zero != "a" else jnp.ones((2, 4))
+    spectral = jax.jit(lora.to_spectral)({"w": lora.LoRA(a, b)})["w"]
+    np.testing.assert_allclose(spectral.s, 0.0, atol=1e-6)
+    for side in (spectral.u, spectral.v):
+        np.testing.assert_allclose(side.T @ side, np.eye(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("s", [-2.0, np.array([3.0, -0.5])])
+def test_to_lora_keeps_the_product_bitwise(s):
+    key = jax.random.key(2)
+    u, _ = jnp.linalg.qr(jax.random.normal(key, (5, 2)))
+    v, _ = jnp.linalg.qr(jax.random.normal(key, (4, 2)))
+    adapters = {"w": lora.Spectral(jnp.asarray(s, jnp.float32), u, v)}
+    back = lora.to_lora(adapters)
+    assert isinstance(back["w"], lora.LoRA)
+    assert all_equal(lora.product(back["w"]), lora.product(adapters["w"]))
+    np.testing.assert_allclose(
+        lora.product(lora.to_spectral(back)["w"]), lora.product(back["w"]), atol=1e-6
+    )
+
+
+def test_each_form_passes_through_its_own_conversion():
+    adapter = lora.LoRA(jnp.ones((3, 1)), jnp.ones((1, 2)))
+    assert all_equal(lora.to_lora({"w": adapter})["w"], adapter)
+    spectral = lora.to_spectral({"w": adapter})
+    assert lora.to_spectral(spectral)["w"] is spectral["w"]
+
+
+@pytest.mark.parametrize("convert", [lora.to_lora, lora.to_spectral])
+def test_parameters_are_no_adapters(convert):
+    with pytest.raises(TypeError, match="must hold LoRA or Spectral only"):
+        convert({"kernel": jnp.ones((3, 2))})
