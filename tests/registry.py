@@ -242,6 +242,17 @@ def _olora_fro(strength: Schedulable = 0.5):
     )
 
 
+def _frozen_a():
+    # What is held fixed converges to nothing, and the objectives have no kernel.
+    def only_kernels(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "kernel" in str(path), tree
+        )
+
+    hold = optax.masked(lora.frozen_a(factors="kernel"), only_kernels)
+    return optax_cl.scale_by_decoupled_adam(), hold, optax.scale(-LR)
+
+
 def _olora_project():
     project = lora.olora_project(capacity=3, factors=FACTORS)
     return optax_cl.scale_by_decoupled_adam(), project, optax.scale(-LR)
@@ -273,6 +284,7 @@ ENTRIES: dict[str, Entry] = {
     "ewc": _captured(_ewc),
     "ewc[separate]": _captured(_ewc_separate),
     "ewc_proximal": _captured(_ewc_proximal),
+    "frozen_a": _captured(_frozen_a),
     "measure": _captured(_measure)._replace(
         extra_args=_reference, agreeing=_same_reference, needs_matrix=True
     ),
