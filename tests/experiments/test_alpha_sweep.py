@@ -5,6 +5,10 @@ import pytest
 
 from experiments import claims, engine, run_folder
 from experiments.progress import Progress
+from experiments.studies import _sweep_cases as cases
+from experiments.studies import _sweep_laws as laws
+from experiments.studies import _sweep_program as program
+from experiments.studies import _sweep_report as reporting
 from experiments.studies import alpha_sweep
 
 CONFIG = alpha_sweep.Config(seeds=2, steps=520, chunk_steps=260)
@@ -26,8 +30,8 @@ def part(results, name):
 
 
 def test_lanes_cross_every_case_with_every_seed():
-    lanes = alpha_sweep.lanes(CONFIG)
-    table = alpha_sweep.cases(CONFIG)
+    lanes = cases.lanes(CONFIG)
+    table = cases.cases(CONFIG)
     assert all(len(v) == 2 * len(table) for v in lanes.values())
     np.testing.assert_array_equal(lanes["seed"][:4], [0, 1, 0, 1])
     np.testing.assert_allclose(lanes["strength"][::2], [c["strength"] for c in table])
@@ -89,7 +93,7 @@ def test_eps_and_switch_follow_their_formulas(results):
 def test_gain_equals_adam_written_out_in_float64():
     """One lane, its gradients replayed through the definition of R."""
     rng, a, s = np.random.default_rng(0), 0.5, 0.6
-    basis = alpha_sweep.rotated_bases(CONFIG)[0].astype(np.float64)
+    basis = cases.rotated_bases(CONFIG)[0].astype(np.float64)
     dim, rank = basis.shape
     raw = shared = np.zeros(dim)
     gains = []
@@ -104,14 +108,14 @@ def test_gain_equals_adam_written_out_in_float64():
             upper = np.diag(basis.T @ np.diag(shared**-0.5) @ basis)
             gains.append(np.mean(upper / np.diag(basis.T @ np.diag(raw**-0.5) @ basis)))
     one = np.asarray(
-        alpha_sweep.inflation(basis, np.sqrt(shared), np.sqrt(raw)), np.float64
+        program.inflation(basis, np.sqrt(shared), np.sqrt(raw)), np.float64
     )
     np.testing.assert_allclose(one, gains[-1], rtol=1e-5)
-    np.testing.assert_allclose(np.mean(gains), alpha_sweep.refined_law(a, s), rtol=0.05)
+    np.testing.assert_allclose(np.mean(gains), laws.refined_law(a, s), rtol=0.05)
 
 
 def test_report_judges_every_claim(results):
-    made = alpha_sweep.make_report(results[0])
+    made = reporting.make_report(results[0])
     verdicts = [claim.verdict for claim in made.claims]
     assert len(claims.rows(made.claims)) == 11
     # All but the naive law on a rotated subspace.
