@@ -391,25 +391,52 @@ def _end_task(state, params, results):
 
 
 def _check_fits(path, basis, count, f, threshold):
-    wanted = count + _memory.missing_columns(basis, f, threshold)
-    if isinstance(wanted, jax.core.Tracer):
+    missing = _memory.missing_columns(basis, f, threshold)
+    if np.max(count + missing) > basis.shape[-1]:
+        raise ValueError(
+            f"the memory of `{path}` has {basis.shape[-1]} columns, of which "
+            f"{np.max(count)} are in use, and the task needs {np.max(missing)} more "
+            "(`overflow='error'`). Enlarge the state with `optax_cl.grow(opt_state, "
+            "capacity)`, lower `threshold`, or build it with `overflow='strongest'`."
+        )
+
+
+def _check(state):
+    traced = isinstance(state.tasks, jax.core.Tracer)
+    if traced and state.memory is not None and state.rules.overflow == "error":
         raise ValueError(
             "`overflow='error'` cannot be checked inside a transformed function. Call "
-            "`end_task` outside `jit`, or use `overflow='strongest'`."
+            "`end_task` outside `jit`, or build `frozen_a` with `overflow='strongest'`."
         )
-    if np.max(wanted) > basis.shape[-1]:
-        raise ValueError(
-            f"the memory of `{path}` needs {np.max(wanted)} columns, but has room for "
-            f"{basis.shape[-1]}. Use a larger `memory_rank`, a lower `threshold`, or "
-            "`overflow='strongest'`."
-        )
+
+
+def _usage(state):
+    """Columns, not tasks, of the memory with the least room."""
+    if state.memory is None:
+        return None, None
+    rows = [
+        (int(np.max(count.a)), state.memory.basis[path].a.shape[-1])
+        for path, count in state.memory.count.items()
+    ]
+    return min(rows, key=lambda row: row[1] - row[0])
+
+
+def _grow(state, capacity):
+    if state.memory is None:
+        return state
+    basis = {}
+    for path, entry in state.memory.basis.items():
+        target = state.rules.targets[path]
+        room = min(capacity, target.matrix_shape[-2] - target.rank)
+        more = max(room - entry.a.shape[-1], 0)
+        wider = jnp.pad(entry.a, [(0, 0)] * (entry.a.ndim - 1) + [(0, more)])
+        basis[path] = entry._replace(a=wider)
+    return state._replace(memory=state.memory._replace(basis=basis))
 
 
 tasks.register_boundary(
     FrozenAState,
     tasks.Boundary(
-        passes=_passes,
-        end_task=_end_task,
-        usage=lambda state: (state.tasks, None),
+        passes=_passes, end_task=_end_task, usage=_usage, check=_check, grow=_grow
     ),
 )

@@ -1,0 +1,518 @@
+"""O-LoRA, as a penalty and as a projection, against float64 NumPy."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_cl
+from optax_cl import lora
+
+RNG = np.random.default_rng(0)
+IN, OUT, R = 12, 5, 3
+KEY = jax.random.key(0)
+NOTHING = optax_cl.Task()
+
+
+def adapters(dtype=jnp.float32, scale=1.0, batch=()):
+    """One layer with a drawn `a` and `b`."""
+    a = RNG.normal(size=(*batch, IN, R)) * scale
+    b = RNG.normal(size=(*batch, R, OUT))
+    return {"layer/kernel": lora.LoRA(jnp.asarray(a, dtype), jnp.asarray(b, dtype))}
+
+
+def factor(tree):
+    return tree["layer/kernel"].a
+
+
+def boundary(state, tree):
+    """What a user does at the end of a task; no data is needed."""
+    statistics = optax_cl.collect(state, tree, [], task=NOTHING, key=KEY)
+    return optax_cl.end_task(state, tree, statistics)
+
+
+def remembering(tx, history, like=None):
+    state = tx.init(history[0] if like is None else like)
+    for tree in history:
+        state = boundary(state, tree)
+    return state
+
+
+def pull(tx, state, tree):
+    """What is added to a gradient of zero."""
+    return tx.update(optax.tree.zeros_like(tree), state, tree)[0]
+
+
+def oracle(history, here, penalty):
+    """Value and gradient in the paper's layout: rows of A, one task after the other."""
+    new = np.float64(factor(here)).T
+    value, gradient = 0.0, np.zeros_like(new)
+    for old in history:
+        old = np.float64(factor(old)).T
+        overlap = old @ new.T  # A_old A_new^T
+        if penalty == "l1":
+            value += np.abs(overlap).sum()
+            gradient += np.sign(overlap).T @ old
+        else:
+            value += (overlap**2).sum()
+            gradient += 2 * (new @ old.T) @ old
+    return value, gradient.T
+
+
+HISTORY = [adapters() for _ in range(3)]
+HERE = adapters()
+
+
+# --- The penalty ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", ["l1", "fro"])
+@pytest.mark.parametrize("num_tasks", [1, 3])
+def test_value_and_pull_are_those_of_the_sum_over_all_past_tasks(penalty, num_tasks):
+    tx = lora.olora(0.5, capacity=3, penalty=penalty)
+    state = remembering(tx, HISTORY[:num_tasks])
+    value, gradient = oracle(HISTORY[:num_tasks], HERE, penalty)
+    np.testing.assert_allclose(lora.olora_loss(state, HERE), 0.5 * value, rtol=1e-5)
+    np.testing.assert_allclose(
+        factor(pull(tx, state, HERE)), 0.5 * gradient, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("penalty", ["l1", "fro"])
+def test_the_pull_is_the_gradient_of_the_loss_in_64_bits(x64, penalty):
+    history = [adapters(jnp.float64) for _ in range(2)]
+    here = adapters(jnp.float64)
+    tx = lora.olora(0.3, capacity=2, penalty=penalty)
+    state = remembering(tx, history)
+    assert factor(state.rows).dtype == jnp.float64
+    found = pull(tx, state, here)
+    # The state keeps the strength in float32.
+    by_jax = jax.grad(lambda tree: lora.olora_loss(state, tree))(here)
+    chex.assert_trees_all_close(found, by_jax, rtol=1e-6, atol=1e-9)
+    _, by_hand = oracle(history, here, penalty)
+    np.testing.assert_allclose(factor(found), 0.3 * by_hand, rtol=1e-12)
+
+
+def test_the_penalty_is_zero_exactly_where_rows_are_orthogonal():
+    eye = jnp.eye(IN)
+    make = lambda a: {"layer/kernel": lora.LoRA(a, jnp.ones((R, OUT)))}  # noqa: E731
+    old, orthogonal = make(eye[:, :R]), make(7.0 * eye[:, R : 2 * R])
+    touching = make(orthogonal["layer/kernel"].a.at[0, 0].set(1e-3))
+    for penalty in ("l1", "fro"):
+        tx = lora.olora(1.0, capacity=2, penalty=penalty)
+        state = remembering(tx, [old])
+        assert lora.olora_loss(state, orthogonal) == 0.0
+        chex.assert_trees_all_equal(
+            pull(tx, state, orthogonal), optax.tree.zeros_like(orthogonal)
+        )
+        assert lora.olora_loss(state, touching) > 0.0
+        assert jnp.any(factor(pull(tx, state, touching)) != 0)
+
+
+def test_only_the_input_side_is_pulled_and_only_it_is_read():
+    tx = lora.olora(2.0, capacity=2)
+    state = remembering(tx, HISTORY[:1])
+    assert jnp.all(pull(tx, state, HERE)["layer/kernel"].b == 0)
+    other = {"layer/kernel": HERE["layer/kernel"]._replace(b=jnp.zeros((R, OUT)))}
+    assert lora.olora_loss(state, other) == lora.olora_loss(state, HERE)
+    chex.assert_trees_all_equal(pull(tx, state, other), pull(tx, state, HERE))
+
+
+def test_in_the_first_task_the_strength_does_not_matter():
+    gradient = adapters()
+    for penalty in ("l1", "fro"):
+        tx = lora.olora(1e6, capacity=2, penalty=penalty)
+        updates, _ = tx.update(gradient, tx.init(HERE), HERE)
+        chex.assert_trees_all_equal(updates, gradient)
+        assert lora.olora_loss(tx.init(HERE), HERE) == 0.0
+
+
+def test_it_is_a_penalty_and_leaves_the_gradient_its_part_along_old_rows():
+    # "O-LoRA projects gradients" is said of it; a projection would make this zero.
+    tx = lora.olora(0.5, capacity=2, penalty="fro")
+    state = remembering(tx, HISTORY[:1])
+    gradient = adapters()
+    updates, _ = tx.update(gradient, state, HERE)
+    old = factor(HISTORY[0])
+    without = old.T @ (factor(updates) - factor(pull(tx, state, HERE)))
+    np.testing.assert_allclose(without, old.T @ factor(gradient), rtol=1e-4, atol=1e-4)
+    assert jnp.abs(without).max() > 0.1
+
+
+def test_a_schedule_sets_the_strength_of_every_step():
+    tx = lora.olora(lambda count: 1.0 + count, capacity=2, penalty="fro")
+    state = remembering(tx, HISTORY[:1])
+    value, gradient = oracle(HISTORY[:1], HERE, "fro")
+    for step in range(3):
+        expected = (1.0 + step) * value
+        np.testing.assert_allclose(lora.olora_loss(state, HERE), expected, rtol=1e-5)
+        updates, state = tx.update(optax.tree.zeros_like(HERE), state, HERE)
+        np.testing.assert_allclose(
+            factor(updates), (1.0 + step) * gradient, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_adapters_in_bfloat16_are_remembered_in_float32():
+    history = [adapters(jnp.bfloat16) for _ in range(2)]
+    here = adapters(jnp.bfloat16)
+    tx = lora.olora(0.5, capacity=2, penalty="fro")
+    state = remembering(tx, history)
+    assert factor(state.rows).dtype == jnp.float32
+    updates = pull(tx, state, here)
+    assert factor(updates).dtype == jnp.bfloat16
+    _, gradient = oracle(history, here, "fro")
+    # Off by the one rounding of the result, not by those of the products.
+    np.testing.assert_allclose(factor(updates), 0.5 * gradient, rtol=2**-8)
+
+
+@pytest.mark.parametrize("penalty", ["l1", "fro"])
+def test_stacked_layers_are_each_compared_with_their_own_past(penalty):
+    old, here = adapters(batch=(4,)), adapters(batch=(4,))
+    tx = lora.olora(1.0, capacity=2, penalty=penalty)
+    state = remembering(tx, [old])
+    layer = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+    for i in range(4):
+        _, gradient = oracle([layer(old, i)], layer(here, i), penalty)
+        found = factor(pull(tx, state, here))[i]
+        np.testing.assert_allclose(found, gradient, rtol=1e-4, atol=1e-4)
+    total = sum(oracle([layer(old, i)], layer(here, i), penalty)[0] for i in range(4))
+    np.testing.assert_allclose(lora.olora_loss(state, here), total, rtol=1e-5)
+
+
+def test_two_penalties_in_one_chain_add_up():
+    tx = optax.chain(lora.olora(1.0, capacity=1), lora.olora(2.0, capacity=1))
+    state = remembering(tx, HISTORY[:1])
+    value, gradient = oracle(HISTORY[:1], HERE, "l1")
+    np.testing.assert_allclose(lora.olora_loss(state, HERE), 3 * value, rtol=1e-5)
+    np.testing.assert_allclose(
+        factor(pull(tx, state, HERE)), 3 * gradient, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_under_adam_a_penalty_alone_moves_a_learning_rate_a_step():
+    # And so the strength counts relative to the task's gradient only.
+    for strength in (1e-3, 10.0):
+        tx = optax.chain(lora.olora(strength, capacity=1), optax.adam(0.01, eps=1e-20))
+        state = remembering(tx, HISTORY[:1])
+        step = factor(pull(tx, state, HERE))
+        np.testing.assert_allclose(jnp.abs(step), 0.01, rtol=1e-3)
+
+
+def test_l1_ends_in_a_band_as_wide_as_a_step_and_fro_fades():
+    def overlap(penalty):
+        tx = optax.chain(lora.olora(1.0, capacity=1, penalty=penalty), optax.sgd(1e-2))
+        state = remembering(tx, HISTORY[:1])
+
+        def step(carry, _):
+            tree, state = carry
+            updates, state = tx.update(optax.tree.zeros_like(tree), state, tree)
+            return (optax.apply_updates(tree, updates), state), None
+
+        (tree, _), _ = jax.lax.scan(step, (HERE, state), length=500)
+        return float(jnp.abs(factor(HISTORY[0]).T @ factor(tree)).max())
+
+    assert 1e-3 < overlap("l1") < 1.0
+    assert overlap("fro") < 1e-4
+
+
+# --- The memory of rows --------------------------------------------------------------
+
+
+def test_the_memory_shares_no_buffer_with_the_adapters():
+    tx = lora.olora(1.0, capacity=1)
+    tree = jax.tree.map(jnp.copy, HERE)
+    state = boundary(tx.init(tree), tree)
+    step = jax.jit(lambda t, s: tx.update(t, s, t), donate_argnums=(0, 1))
+    step(tree, state)  # a shared buffer would be refused
+
+
+def test_rows_stand_in_the_order_of_tasks_with_zeros_behind():
+    state = remembering(lora.olora(1.0, capacity=4), HISTORY[:2])
+    rows = factor(state.rows)
+    chex.assert_shape(rows, (IN, 4 * R))
+    expected = jnp.concatenate([factor(t) for t in HISTORY[:2]], axis=-1)
+    np.testing.assert_array_equal(rows[:, : 2 * R], expected)
+    assert jnp.all(rows[:, 2 * R :] == 0)
+    assert state.tasks == 2
+
+
+def test_a_full_memory_raises_or_forgets_the_oldest():
+    full = remembering(lora.olora(1.0, capacity=2), HISTORY[:2])
+    with pytest.raises(ValueError, match=r"rows of 2 tasks.*optax_cl\.grow"):
+        boundary(full, HERE)
+    state = remembering(lora.olora(1.0, capacity=2, overflow="oldest"), HISTORY)
+    expected = jnp.concatenate([factor(t) for t in HISTORY[1:]], axis=-1)
+    np.testing.assert_array_equal(factor(state.rows), expected)
+    assert state.tasks == 2
+
+
+def test_inside_jit_a_full_memory_can_only_forget():
+    def two(tx):
+        return jax.jit(lambda s: boundary(boundary(s, HISTORY[0]), HISTORY[1]))(
+            tx.init(HERE)
+        )
+
+    with pytest.raises(ValueError, match="overflow='oldest'"):
+        two(lora.olora(1.0, capacity=1))
+    state = two(lora.olora(1.0, capacity=1, overflow="oldest"))
+    np.testing.assert_array_equal(factor(state.rows), factor(HISTORY[1]))
+
+
+@pytest.mark.parametrize(
+    "make", [lora.olora_project, lambda **kw: lora.olora(1.0, **kw)]
+)
+def test_a_memory_grows_and_keeps_what_it_does(make):
+    tx = make(capacity=2)
+    state = remembering(tx, HISTORY[:2])
+    (row,) = optax_cl.describe(state)
+    assert (row.tasks, row.capacity, row.left) == (2, 2, 0)
+    grown = optax_cl.grow(state, 3)
+    gradient = adapters()
+    before, _ = tx.update(gradient, state, HERE)
+    after, _ = tx.update(gradient, grown, HERE)
+    chex.assert_trees_all_close(before, after, rtol=1e-5, atol=1e-5)
+    assert boundary(grown, HISTORY[2]).tasks == 3
+
+
+def test_rows_that_are_not_finite_protect_nothing():
+    broken = {
+        "layer/kernel": HERE["layer/kernel"]._replace(a=jnp.full((IN, R), jnp.nan))
+    }
+    for tx in (lora.olora(1.0, capacity=2), lora.olora_project(capacity=2)):
+        state = remembering(tx, [broken])
+        gradient = adapters()
+        updates, _ = tx.update(gradient, state, HERE)
+        chex.assert_trees_all_equal(updates, gradient)
+
+
+# --- The projection ------------------------------------------------------------------
+
+
+def test_the_update_loses_its_part_in_the_span_of_all_old_rows():
+    tx = lora.olora_project(capacity=3)
+    state = remembering(tx, HISTORY[:2])
+    gradient = adapters()
+    updates, _ = tx.update(gradient, state)
+    rows = np.concatenate([np.float64(factor(t)) for t in HISTORY[:2]], axis=1)
+    q, _ = np.linalg.qr(rows)
+    expected = np.float64(factor(gradient)) - q @ (q.T @ np.float64(factor(gradient)))
+    np.testing.assert_allclose(factor(updates), expected, atol=2e-6)
+    np.testing.assert_array_equal(updates["layer/kernel"].b, gradient["layer/kernel"].b)
+
+
+def test_from_a_projected_start_the_overlap_stays_zero_under_adam():
+    tx = optax.chain(
+        optax.adamw(1e-2, weight_decay=0.1), lora.olora_project(capacity=3)
+    )
+    state = remembering(tx, HISTORY[:2])
+    start = lora.project_start(HERE, state)
+    q = jnp.linalg.qr(jnp.concatenate([factor(t) for t in HISTORY[:2]], axis=-1))[0]
+
+    def step(carry, key):
+        tree, state = carry
+        keys = dict(zip("ab", jax.random.split(key), strict=True))
+        scale = jnp.logspace(-3, 0, IN)[:, None]
+        gradient = {
+            "layer/kernel": lora.LoRA(
+                scale * jax.random.normal(keys["a"], (IN, R)),
+                jax.random.normal(keys["b"], (R, OUT)),
+            )
+        }
+        updates, state = tx.update(gradient, state, tree)
+        tree = optax.apply_updates(tree, updates)
+        return (tree, state), jnp.abs(q.T @ factor(tree)).max()
+
+    def run(tree):
+        return jax.lax.scan(step, (tree, state), jax.random.split(KEY, 1000))
+
+    (end, _), worst = jax.jit(run)(start)
+    assert worst.max() < 5e-6
+    assert jnp.abs(factor(end) - factor(start)).max() > 0.1
+    # A start that is not projected keeps what it overlaps with, decay aside.
+    _, overlap = jax.jit(run)(HERE)
+    assert overlap.max() > 0.1
+
+
+def test_before_the_moments_it_leaks():
+    def leak(*links):
+        tx = optax.chain(*links)
+        state = remembering(tx, HISTORY[:1])
+        q = jnp.linalg.qr(factor(HISTORY[0]))[0]
+
+        def step(state, key):
+            scale = jnp.logspace(-2, 0, IN)[:, None]
+            g = optax.tree.zeros_like(HERE)
+            drawn = scale * jax.random.normal(key, (IN, R))
+            g = {"layer/kernel": g["layer/kernel"]._replace(a=drawn)}
+            updates, state = tx.update(g, state, HERE)
+            u = factor(updates)
+            return state, jnp.linalg.norm(q.T @ u) / jnp.linalg.norm(u)
+
+        return jax.lax.scan(step, state, jax.random.split(KEY, 100))[1].mean()
+
+    adam, project = optax.scale_by_adam(), lora.olora_project(capacity=1)
+    assert leak(project, adam) > 0.2
+    assert leak(adam, project) < 1e-6
+
+
+def test_dependent_rows_count_once_whatever_their_size():
+    first = adapters()
+    a = factor(first)
+    # The same three rows again, tiny and mixed, and one new direction.
+    again = (
+        (1e-4 * a @ jnp.asarray(RNG.normal(size=(R, R)), jnp.float32))
+        .at[:, 0]
+        .set(1e-4 * jnp.asarray(RNG.normal(size=IN), jnp.float32))
+    )
+    second = {"layer/kernel": first["layer/kernel"]._replace(a=again)}
+    state = remembering(lora.olora_project(capacity=4), [first, second])
+    basis = np.asarray(factor(state.basis))
+    used = np.any(basis != 0, axis=0)
+    assert used.sum() == R + 1
+    np.testing.assert_allclose(basis[:, used].T @ basis[:, used], np.eye(4), atol=2e-6)
+    inside = basis @ (basis.T @ np.asarray(again))
+    np.testing.assert_allclose(inside, again, atol=1e-9)
+
+
+def test_rows_that_are_all_zero_protect_nothing():
+    nothing = optax.tree.zeros_like(HERE)
+    tx = lora.olora_project(capacity=2)
+    state = remembering(tx, [nothing, HISTORY[0]])
+    updates, _ = tx.update(adapters(), state)
+    assert jnp.abs(factor(HISTORY[0]).T @ factor(updates)).max() < 1e-5
+    assert np.any(np.asarray(factor(state.basis)) != 0, axis=0).sum() == R
+
+
+def test_a_start_without_room_is_refused_outside_jit_and_zero_inside():
+    tx = lora.olora_project(capacity=4)
+    history = [adapters() for _ in range(4)]  # 12 rows of 12 inputs
+    state = remembering(tx, history)
+    with pytest.raises(
+        ValueError, match=r"span 12 of the 12 inputs of `layer/kernel/a`"
+    ):
+        lora.project_start(HERE, state)
+    start = jax.jit(lora.project_start)(HERE, state)
+    assert jnp.abs(factor(start)).max() < 1e-5
+
+
+def test_stacked_layers_are_each_projected_off_their_own_past():
+    old = adapters(batch=(2,))
+    tx = lora.olora_project(capacity=2)
+    state = remembering(tx, [old])
+    start = lora.project_start(adapters(batch=(2,)), state)
+    overlap = jnp.einsum("lir,lis->lrs", factor(old), factor(start))
+    assert jnp.abs(overlap).max() < 1e-5
+    crossed = jnp.einsum("lir,lis->lrs", factor(old)[::-1], factor(start))
+    assert jnp.abs(crossed).max() > 0.1
+
+
+def test_in_bfloat16_rounding_of_the_factor_itself_leaves_an_overlap():
+    tx = lora.olora_project(capacity=2)
+    state = remembering(tx, HISTORY[:1])
+    exact = lora.project_start(HERE, state)
+    rounded = lora.project_start(optax.tree.cast(HERE, jnp.bfloat16), state)
+    q = factor(state.basis)
+    size = jnp.linalg.norm(factor(exact))
+    left = lambda t: jnp.linalg.norm(q.T @ factor(t).astype(q.dtype)) / size  # noqa: E731
+    assert left(exact) < 1e-6
+    assert 1e-4 < left(rounded) < 1e-2
+
+
+# --- Bad input -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: lora.olora(-1.0, capacity=1), ValueError, "strength"),
+        (lambda: lora.olora("x", capacity=1), TypeError, "strength"),
+        (lambda: lora.olora(1.0, capacity=0), ValueError, "capacity"),
+        (lambda: lora.olora(1.0, capacity=1.5), TypeError, "capacity"),
+        (lambda: lora.olora(1.0, capacity=1, penalty="l2"), ValueError, "'l1', 'fro'"),
+        (lambda: lora.olora(1.0, capacity=1, overflow="x"), ValueError, "overflow"),
+        (lambda: lora.olora(1.0, capacity=1, factors="("), ValueError, "factors"),
+        (lambda: lora.olora_project(capacity=1, factors=3), ValueError, "factors"),
+    ],
+)
+def test_arguments_out_of_range_are_named(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    "tx", [lora.olora(1.0, capacity=1), lora.olora_project(capacity=1)]
+)
+def test_a_tree_without_input_side_factors_is_refused(tx):
+    spectral = lora.Spectral(jnp.ones(()), jnp.ones((OUT, R)), jnp.ones((IN, R)))
+    with pytest.raises(ValueError, match=r"no input-side factor.*`kernel/s`"):
+        tx.init({"kernel": spectral})
+    with pytest.raises(ValueError, match=r"`a`.*its shape is \(3,\)"):
+        tx.init({"a": jnp.ones(3)})
+    with pytest.raises(TypeError, match=r"`a`.*it holds int32"):
+        tx.init({"a": jnp.ones((3, 2), jnp.int32)})
+
+
+def test_adapters_of_another_rank_are_refused_at_the_boundary():
+    state = lora.olora(1.0, capacity=3).init(HERE)
+    other = {"layer/kernel": lora.LoRA(jnp.ones((IN, R - 1)), jnp.ones((R - 1, OUT)))}
+    with pytest.raises(ValueError, match=r"expected shape \(12, 3\), got \(12, 2\)"):
+        boundary(state, other)
+
+
+def test_what_reads_a_memory_says_which_method_is_missing():
+    state = optax.adam(0.1).init(HERE)
+    with pytest.raises(ValueError, match="`olora` in the chain"):
+        lora.olora_loss(state, HERE)
+    with pytest.raises(ValueError, match="`olora_project` in the chain"):
+        lora.project_start(HERE, state)
+    tx = lora.olora(1.0, capacity=1)
+    with pytest.raises(ValueError, match="`params` is None"):
+        tx.update(HERE, tx.init(HERE))
+
+
+def test_other_input_side_factors_can_be_named():
+    spectral = lora.Spectral(jnp.ones(()), jnp.ones((OUT, R)), jnp.ones((IN, R)))
+    tx = lora.olora_project(capacity=1, factors="/v$")
+    state = remembering(tx, [{"kernel": spectral}])
+    updates, _ = tx.update({"kernel": spectral}, state)
+    assert jnp.abs(updates["kernel"].v).max() < 1e-6
+    chex.assert_trees_all_equal(updates["kernel"].u, spectral.u)
+
+
+def test_it_finds_the_factors_of_flax_adapters():
+    nnx = pytest.importorskip("flax.nnx")
+    layer = nnx.LoRA(IN, R, OUT, rngs=nnx.Rngs(0))
+    params = nnx.as_pure(nnx.state(layer, nnx.LoRAParam))
+    state = remembering(lora.olora(1.0, capacity=2, penalty="fro"), [params])
+    a = params["lora_a"]
+    np.testing.assert_array_equal(state.rows["lora_a"][:, :R], a)
+    overlap = jnp.sum((a.T @ a) ** 2)
+    np.testing.assert_allclose(lora.olora_loss(state, params), overlap, rtol=1e-5)
+
+
+# --- Over tasks ----------------------------------------------------------------------
+
+
+def test_two_tasks_or_twenty_are_one_compilation():
+    tx = optax.chain(
+        lora.olora(0.1, capacity=2, overflow="oldest"),
+        optax.adam(1e-2),
+        lora.olora_project(capacity=2, overflow="oldest"),
+    )
+    traces = []
+
+    @jax.jit
+    def step(tree, state):
+        traces.append(None)
+        updates, state = tx.update(tree, state, tree)
+        return optax.apply_updates(tree, updates), state
+
+    end = jax.jit(boundary, donate_argnums=0)
+    state = tx.init(HERE)
+    for _ in range(20):
+        _, state = step(HERE, state)
+        state = optax_cl.begin_task(end(state, adapters()), HERE)
+    assert len(traces) == 1
+    assert end._cache_size() == 1
