@@ -1,0 +1,122 @@
+"""Low-rank adapters on a network that has to learn five tasks more.
+
+**Question.** Do the updates of low-rank adapters concentrate in few directions, is that
+what makes a network forget, and does it help to start adapters away from directions
+that hurt old tasks?
+
+**Setting.** ``_lora_data``: a small network that has learnt the digits; five tasks,
+each with other pixels exchanged; weights frozen, rank-8 adapters on every kernel,
+merged after each task. 250 Adam steps of 64 images a task. A second stream renames the
+classes from task to task as well, so that tasks contradict each other.
+
+**Arms.** Adapters A B under plain training, O-LoRA (penalty, and projection), frozen A
+with a memory of old gradients, and replay; EBLoRA with its parts taken away one by one:
+the memory, the flat spectrum (singular values that fall by .6 each, at the same norm),
+the common magnitude (one for each direction instead), the tangent map, the start.
+Starts: LoRA, orthogonal, PiSSA, LoRAM, LoRA-GA, and SLICE with full and half strength,
+per kernel and over all of them, and without its gate. Starts are compared with each
+other only: they share ranks and scales that the other arms do not have.
+
+**Choices.** Every arm takes, for each stream, the learning rate of the best final
+accuracy on tuning seeds, which are disjoint from the reporting seeds.
+
+**Controls.** Accuracy right after learning stands beside every final accuracy, and arms
+are compared with plain LoRA where that learns equally well: a lower learning rate alone
+forgets less too. An adapter for each task, picked by the task's number, is a bar that
+needs to be told the task; replay one that keeps the data.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+from experiments import engine
+from experiments.studies import Study, field
+from experiments.studies import _lora_arms as arms
+from experiments.studies import _lora_data as data
+from experiments.studies import _lora_program as program
+from experiments.studies import _lora_report as reporting
+from experiments.studies import _lora_results as results
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the study."""
+
+    streams: tuple[Literal["pixels", "labels"], ...] = field(
+        ("pixels", "labels"), quick=("pixels",), help="which streams to run"
+    )
+    arms: tuple[str, ...] = field(
+        (), quick=reporting.QUICK, help="names of arms; none: all"
+    )
+    seeds: int = field(12, quick=4, minimum=2, help="seeds that are reported")
+    first_seed: int = field(1000, minimum=0, help="the first of them")
+    tuning: int = field(3, quick=2, minimum=1, help="seeds that choose learning rates")
+    first_tuning_seed: int = field(0, minimum=0, help="the first of them")
+    rates: tuple[float, ...] = field(
+        (3e-4, 1e-3, 3e-3, 1e-2),
+        quick=(1e-3, 3e-3),
+        minimum=1e-9,
+        help="learning rates",
+    )
+    steps: int = field(250, minimum=1, help="steps per task")
+
+
+def check(config: Config) -> None:
+    """Refuses unknown arms, seeds in two roles, and missing images."""
+    for name in config.arms:
+        if name not in arms.ARMS:
+            close = difflib.get_close_matches(name, arms.ARMS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else ", ".join(arms.ARMS)
+            raise ValueError(f"`--arms` knows no {name!r}; {hint}")
+    tuning, reported = results.seeds(config)
+    if both := sorted(set(tuning) & set(reported)):
+        raise ValueError(
+            f"the seeds {both} would choose learning rates and be reported; move "
+            "`--first-seed` or `--first-tuning-seed`."
+        )
+    for name in ("streams", "arms", "rates"):
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"`--{name}` names a value twice: {values}.")
+    if importlib.util.find_spec("sklearn") is None:
+        raise ValueError(
+            "the study takes its images from scikit-learn, which is not installed: "
+            "`pip install scikit-learn`."
+        )
+
+
+def run(config: Config, folder: Path, context: engine.Context) -> dict:
+    """Runs every arm; returns the numbers of ``results.json``."""
+    tuning, reported = results.seeds(config)
+    seeds = tuning + reported
+    chosen = {family: results.members(config, family) for family in arms.FAMILIES}
+    lanes = sum(map(len, chosen.values())) * len(config.rates) * len(seeds)
+    context.progress.plan(lanes * data.TASKS * config.steps)
+    everything = data.make_data(seeds)
+    for name, pairs in chosen.items():
+        if pairs:
+            context.run(
+                program.make_program(arms.FAMILIES[name], config.steps),
+                everything,
+                arms.make_lanes(pairs, config.rates, seeds),
+                chunk_steps=config.steps,
+            )
+    return reporting.summarize(folder, config)
+
+
+def report(folder: Path):
+    """Tables, figures and claims of a finished run."""
+    return reporting.report(folder, Config)
+
+
+STUDY = Study(
+    "lora_digits",
+    "low-rank adapters: spectra, geometry, starts (minutes)",
+    Config,
+    run,
+    report,
+    check,
+)
