@@ -106,9 +106,18 @@ def keep_energy(
     The rank rule: the least k whose k leading energies reach ``threshold * total``; all
     columns if they fall short of it.
     """
-    before = jnp.cumsum(energy, axis=-1) - energy
-    keep = before < threshold * total[..., None]
+    keep = energy_before(energy) < threshold * total[..., None]
     return basis * keep[..., None, :], energy * keep
+
+
+def energy_before(energy: chex.Array) -> chex.Array:
+    """The sum of all energies before each, ``[..., r]``; zero before the first.
+
+    Not the running sum less the energy itself: fused with the square that made it, that
+    difference is not zero but a rounding error of either sign.
+    """
+    running = jnp.cumsum(energy, axis=-1)
+    return jnp.concatenate([jnp.zeros_like(energy[..., :1]), running[..., :-1]], -1)
 
 
 def _leading(vectors, values, r):

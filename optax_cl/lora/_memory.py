@@ -187,7 +187,7 @@ def _missing(memory, gradient, threshold):
     rest = off_memory(off_memory(gradient, memory), memory)
     vectors, singular, _ = jnp.linalg.svd(rest, full_matrices=False)
     energy = singular**2
-    before = covered[..., None] + jnp.cumsum(energy, axis=-1) - energy
+    before = covered[..., None] + linalg.energy_before(energy)
     noise = jnp.sqrt(total) * gradient.shape[-2] * jnp.finfo(energy.dtype).eps
     keep = (before < threshold * total) & (singular > noise)
     # Weak directions carry the most of what rounding left in the memory.

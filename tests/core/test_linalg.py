@@ -138,3 +138,18 @@ def test_projection_is_done_in_full_matrix_precision():
         .as_text()
     )
     assert "HIGHEST" in text
+
+
+def test_a_threshold_of_zero_keeps_no_column_in_a_fused_program():
+    """Energies squared in the same loop: their running sum must not lose to them."""
+
+    @jax.jit
+    def kept(singular):
+        energy = singular**2
+        total = jnp.sum(energy, axis=-1)
+        basis = jnp.eye(8)
+        return linalg.keep_energy(basis, energy, total, jnp.float32(0.0))[1]
+
+    for seed in range(20):
+        singular = jax.random.uniform(jax.random.key(seed), (8,))
+        assert not kept(singular).any()
