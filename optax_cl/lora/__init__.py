@@ -46,6 +46,8 @@ from optax_cl.lora._olora import olora_loss as olora_loss
 from optax_cl.lora._olora_project import OloraProjectState as OloraProjectState
 from optax_cl.lora._olora_project import olora_project as olora_project
 from optax_cl.lora._olora_project import project_start as project_start
+from optax_cl.lora._peft import load_peft as load_peft
+from optax_cl.lora._peft import save_peft as save_peft
 from optax_cl.lora._pissa import pissa_init as pissa_init
 from optax_cl.lora._slice import SliceDiagnostics as SliceDiagnostics
 from optax_cl.lora._slice import slice_init as slice_init
