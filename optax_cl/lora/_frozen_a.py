@@ -71,8 +71,9 @@ def frozen_a(
       and enough of them, all inputs that have a gradient.
     ``"inputs"``
       The inputs themselves (as InfLoRA and GPM). With the threshold at 1 and room for
-      them, M spans all inputs that ``collect`` saw, and each of them is protected.
-      Needs ``Task.layer_inputs``.
+      them, M spans all inputs that ``collect`` saw, and each of them is protected, but
+      for what holds less than about 1e-6 of their energy: that is lost in the rounding
+      of their second moment. Needs ``Task.layer_inputs``.
 
     Below 1, the threshold leaves that share of energy outside. And "inputs" are those
     of the layer: they stay what they were only if the layers before keep their outputs.

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from optax_cl._core import checks, linalg, streaming, tasks
-from optax_cl.lora import _memory
 from optax_cl.lora._adapters import Targets
 
 LayerInputs = Callable[[Any, Any], chex.ArrayTree]
@@ -69,7 +68,8 @@ def input_pass(targets: Targets) -> tasks.Pass:
     """The pass that finds, for every kernel, a factor F of its inputs' second moment.
 
     Its result is ``{path: float32 [*batch, in, in]}`` with ``F F^T`` the mean of
-    ``x x^T``: a matrix of inputs, up to a rotation that no basis sees.
+    ``x x^T``: a matrix of inputs, up to a rotation that no basis sees. Directions that
+    hold less than about 1e-6 of the largest one's energy are lost in rounding.
     """
 
     def step(acc, data):
@@ -80,8 +80,7 @@ def input_pass(targets: Targets) -> tasks.Pass:
     def finish(acc, state, earlier):
         del state, earlier
         return {
-            path: _memory._factor(acc["sum"][path] / acc["items"][path])
-            for path in targets
+            path: _factor(acc["sum"][path] / acc["items"][path]) for path in targets
         }
 
     return tasks.Pass("layer_inputs", lambda s, p: _zeros(targets), step, finish)
@@ -129,3 +128,11 @@ def _add(targets, acc, tree, weights):
         )
         items[path] = acc["items"][path] + weights.sum() * rows.shape[-2]
     return {"sum": sums, "items": items}
+
+
+def _factor(moment):
+    values, vectors = jnp.linalg.eigh(moment)
+    # Below this an eigenvalue is rounding of the sum, and its root would not be small.
+    noise = 4 * jnp.sqrt(float(moment.shape[-1])) * jnp.finfo(moment.dtype).eps
+    keep = values > noise * values[..., -1:]
+    return vectors * jnp.sqrt(jnp.where(keep, values, 0.0))[..., None, :]

@@ -1,0 +1,379 @@
+"""The frozen input side: its start, its memory, and what that protects."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_cl
+from optax_cl import lora, testing
+
+RNG = np.random.default_rng(0)
+IN, OUT, R = 10, 6, 2
+KEY = jax.random.key(0)
+PARAMS = {"kernel": jnp.asarray(RNG.normal(size=(IN, OUT)), jnp.float32)}
+TARGETS = lora.targets(PARAMS, {"kernel": R}, alpha=2.0 * R)
+
+
+def losses(both, batch):
+    adapters, params = both
+    outputs = batch["x"] @ lora.merge(TARGETS, params, adapters)["kernel"]
+    return jnp.sum((outputs - batch["y"]) ** 2, axis=-1)
+
+
+TASK = optax_cl.Task(
+    loss=losses, layer_inputs=lambda both, batch: {"kernel": batch["x"]}
+)
+
+
+def draw(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def batch_of(n, dimensions=IN):
+    """Inputs in the span of a few directions."""
+    x = draw(n, dimensions) @ draw(dimensions, IN)
+    return {"x": x, "y": draw(n, OUT)}
+
+
+def orthonormal(p, d=IN):
+    return jnp.asarray(np.linalg.qr(RNG.normal(size=(d, p)))[0], jnp.float32)
+
+
+def frozen(**kwargs):
+    settings = {"targets": TARGETS, "memory_rank": IN, "threshold": 1.0}
+    return lora.frozen_a(**(settings | kwargs))
+
+
+def boundary(state, adapters, batches, task=TASK):
+    statistics = optax_cl.collect(
+        state, adapters, batches, task=task, frozen=PARAMS, key=KEY
+    )
+    return optax_cl.end_task(state, adapters, statistics)
+
+
+def start(memory=None):
+    return lora.frozen_a_init(TARGETS, {"kernel": draw(IN, OUT)}, memory)
+
+
+def used(memory):
+    return np.any(np.asarray(memory) != 0, axis=-2).sum(axis=-1)
+
+
+# --- The update ----------------------------------------------------------------------
+
+
+def test_the_input_side_stays_bit_for_bit_and_the_rest_passes():
+    tx, adapters = lora.frozen_a(), start()
+    gradient = jax.tree.map(lambda x: jnp.full_like(x, 3.0), adapters)
+    broken = {"kernel": gradient["kernel"]._replace(a=jnp.full((IN, R), jnp.nan))}
+    for g in (gradient, broken):
+        updates, _ = tx.update(g, tx.init(adapters))
+        chex.assert_trees_all_equal(updates["kernel"].b, g["kernel"].b)
+        moved = optax.apply_updates(adapters, updates)
+        chex.assert_trees_all_equal(moved["kernel"].a, adapters["kernel"].a)
+
+
+def test_it_stands_last_or_weight_decay_moves_the_input_side():
+    adapters = start()
+    gradient = jax.tree.map(jnp.ones_like, adapters)
+    adamw = optax.adamw(0.1, weight_decay=0.1)
+    for links, still in (((adamw, frozen()), True), ((frozen(), adamw), False)):
+        tx = optax.chain(*links)
+        updates, _ = tx.update(gradient, tx.init(adapters), adapters)
+        assert jnp.all(updates["kernel"].a == 0) == still
+
+
+# --- The start -----------------------------------------------------------------------
+
+
+def strongest_off(memory, f, r=R):
+    """Oracle: the leading left singular vectors of (I - M M^T) F, in 64 bits."""
+    m, f = np.float64(memory), np.float64(f)
+    return np.linalg.svd(f - m @ (m.T @ f))[0][:, :r]
+
+
+def assert_same_columns_up_to_signs(found, expected, atol=1e-5):
+    found = np.asarray(found)
+    signs = np.sign(np.sum(found * expected, axis=0))
+    np.testing.assert_allclose(found * signs, expected, atol=atol)
+
+
+def test_the_start_reads_the_strongest_gradient_directions_off_the_memory():
+    memory, gradient = orthonormal(3), draw(IN, OUT)
+    adapters = lora.frozen_a_init(TARGETS, {"kernel": gradient}, {"kernel": memory})
+    a, b = adapters["kernel"]
+    assert_same_columns_up_to_signs(a, strongest_off(memory, gradient))
+    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)
+    np.testing.assert_allclose(memory.T @ a, 0, atol=1e-6)
+    assert b.shape == (R, OUT)
+    assert jnp.all(b == 0)
+
+
+def test_the_start_from_input_covariances_is_that_of_inflora():
+    memory = orthonormal(3)
+    batches = [batch_of(8), batch_of(5)]
+    covariances = lora.input_covariances(
+        TARGETS, lambda params, batch: {"kernel": batch["x"]}, PARAMS, batches
+    )
+    x = np.concatenate([np.float64(b["x"]) for b in batches])
+    np.testing.assert_allclose(covariances["kernel"], x.T @ x / 13, rtol=1e-4)
+    adapters = lora.frozen_a_init(
+        TARGETS, covariances, {"kernel": memory}, scale=3**-0.5
+    )
+    expected = strongest_off(memory, x.T @ x) / np.sqrt(3)
+    assert_same_columns_up_to_signs(adapters["kernel"].a, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_missing_directions_are_filled_up_off_the_memory(rank, scale):
+    memory = orthonormal(7)
+    gradient = scale * (draw(IN, rank) @ draw(rank, OUT))
+    if rank:  # all but one direction of it are protected
+        gradient = gradient + scale * (memory @ draw(7, OUT))
+    adapters = lora.frozen_a_init(TARGETS, {"kernel": gradient}, {"kernel": memory})
+    a = adapters["kernel"].a
+    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)
+    np.testing.assert_allclose(memory.T @ a, 0, atol=1e-6)
+    if rank:
+        expected = strongest_off(memory, gradient / scale, 1)
+        assert_same_columns_up_to_signs(np.asarray(a[:, :1]), expected, atol=1e-4)
+
+
+def test_a_gradient_inside_the_memory_starts_elsewhere():
+    memory = orthonormal(4)
+    gradient = memory @ draw(4, OUT)
+    a = lora.frozen_a_init(TARGETS, {"kernel": gradient}, {"kernel": memory})[
+        "kernel"
+    ].a
+    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)
+    np.testing.assert_allclose(memory.T @ a, 0, atol=1e-6)
+
+
+def test_stacked_layers_start_one_by_one():
+    params = {"layers": {"kernel": jnp.zeros((3, IN, OUT))}}
+    views = optax_cl.matrix_views(stacked="layers")
+    targets = lora.targets(params, {"kernel": R}, alpha=1.0, matrices=views)
+    gradient = draw(3, IN, OUT).at[1].set(0.0)
+    memory = jnp.stack([orthonormal(2) for _ in range(3)])
+    a, b = lora.frozen_a_init(
+        targets, {"layers/kernel": gradient}, {"layers/kernel": memory}
+    )["layers/kernel"]
+    assert b.shape == (3, R, OUT)
+    for i in (0, 2):
+        assert_same_columns_up_to_signs(a[i], strongest_off(memory[i], gradient[i]))
+    np.testing.assert_allclose(jnp.einsum("lip,lir->lpr", memory, a), 0, atol=1e-6)
+
+
+def test_what_the_start_can_not_use_is_named():
+    good, memory = {"kernel": draw(IN, OUT)}, {"kernel": orthonormal(2)}
+    broken = {"kernel": good["kernel"].at[0, 0].set(jnp.nan)}
+    with pytest.raises(ValueError, match="not finite at `kernel`"):
+        lora.frozen_a_init(TARGETS, broken)
+    a = jax.jit(lambda g: lora.frozen_a_init(TARGETS, g, memory))(broken)["kernel"].a
+    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)
+    with pytest.raises(ValueError, match="none for `kernel`"):
+        lora.frozen_a_init(TARGETS, {})
+    with pytest.raises(ValueError, match=r"`matrices`.*shape \(4, 4\)"):
+        lora.frozen_a_init(TARGETS, {"kernel": jnp.eye(4)})
+    with pytest.raises(ValueError, match=r"`memory`.*shape \(4, 4\)"):
+        lora.frozen_a_init(TARGETS, good, {"kernel": jnp.eye(4)})
+    with pytest.raises(ValueError, match=r"holds 9 of the 10.*no 2 left"):
+        lora.frozen_a_init(TARGETS, good, {"kernel": orthonormal(9)})
+
+
+# --- The memory ----------------------------------------------------------------------
+
+
+def test_a_memory_of_mean_gradients_has_at_most_as_many_columns_as_outputs():
+    # 20 inputs span all 10 dimensions; the mean gradient has rank 6.
+    batches = [batch_of(20)]
+    state = boundary(frozen().init(start()), start(), batches)
+    assert used(lora.memory(state)["kernel"]) == OUT
+    assert used(lora.memory(boundary(state, start(), batches))["kernel"]) <= IN - R
+
+
+def test_a_memory_of_mean_gradients_protects_mixtures_of_inputs_only():
+    data = batch_of(20, dimensions=IN)
+    adapters = start()
+    state = boundary(frozen().init(adapters), adapters, [data])
+    learned = start(lora.memory(state))
+    learned["kernel"] = learned["kernel"]._replace(b=draw(R, OUT))
+    delta = lora.product(learned["kernel"])
+    residual = data["x"] @ PARAMS["kernel"] - data["y"]
+    mixtures = residual.T @ data["x"]  # what the loss would move: G^T
+    size = jnp.abs(mixtures).max()
+    assert jnp.abs(mixtures @ delta).max() < 1e-5 * size
+    assert jnp.abs(data["x"] @ delta).max() > 0.1  # but not each input
+
+
+def test_a_memory_of_all_inputs_protects_every_one_of_them():
+    data, other = batch_of(20, dimensions=5), batch_of(20)
+    adapters = start()
+    state = frozen(statistic="inputs").init(adapters)
+    state = boundary(state, adapters, [data])
+    assert used(lora.memory(state)["kernel"]) == 5
+    learned = start(lora.memory(state))
+    learned["kernel"] = learned["kernel"]._replace(b=draw(R, OUT))
+    delta = lora.product(learned["kernel"])
+    assert jnp.abs(data["x"] @ delta).max() < 1e-5 * jnp.abs(data["x"]).max()
+    assert jnp.abs(other["x"] @ delta).max() > 0.1
+
+
+def test_a_memory_of_batches_spans_all_inputs_that_have_a_gradient():
+    data = batch_of(8, dimensions=7)
+    rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], data) for i in range(8)]
+    adapters = start()
+    state = boundary(frozen(statistic="batches").init(adapters), adapters, rows)
+    memory = lora.memory(state)["kernel"]
+    assert used(memory) >= 7  # the mean gradient has rank 6
+    x = data["x"]
+    np.testing.assert_allclose(x @ memory @ memory.T, x, atol=2e-3)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.99])
+def test_a_threshold_keeps_the_fewest_directions_that_reach_it(threshold):
+    data = batch_of(30)
+    state = frozen(statistic="inputs", threshold=threshold).init(start())
+    state = boundary(state, start(), [data])
+    energy = np.linalg.svd(np.float64(data["x"]))[1] ** 2
+    share = np.cumsum(energy) / energy.sum()
+    expected = min(np.argmax(share >= threshold) + 1, IN - R)
+    assert used(lora.memory(state)["kernel"]) == expected
+
+
+def test_what_is_protected_stays_protected_over_three_tasks():
+    tx = optax.chain(optax.adam(0.1), frozen(statistic="inputs"))
+    adapters, params = start(), PARAMS
+    state = tx.init(adapters)
+    old = []
+
+    @jax.jit
+    def step(adapters, state, params, data):
+        gradient = jax.grad(lambda t: losses((t, params), data).sum())(adapters)
+        return tx.update(gradient, state, adapters)
+
+    for _ in range(3):
+        data = batch_of(6, dimensions=2)
+        kept = [d["x"] @ params["kernel"] for d in old]
+        for _ in range(10):
+            updates, state = step(adapters, state, params, data)
+            adapters = optax.apply_updates(adapters, updates)
+        params = lora.merge(TARGETS, params, adapters)
+        for before, d in zip(kept, old, strict=True):
+            np.testing.assert_allclose(d["x"] @ params["kernel"], before, atol=2e-5)
+        old.append(data)
+        state = optax_cl.reset_state(boundary(state, adapters, [data]))
+        assert used(lora.memory(state)["kernel"]) == 2 * len(old)
+        adapters = start(lora.memory(state))
+
+
+def test_inputs_that_are_patches_or_stacked_are_counted_one_by_one():
+    params = {"conv": jnp.zeros((3, 3, 2, 4)), "layers": jnp.zeros((2, IN, OUT))}
+    targets = lora.targets(
+        params,
+        {".": 1},
+        alpha=1.0,
+        matrices=optax_cl.matrix_views(stacked="layers"),
+    )
+    patches, stacked = draw(5, 4, 4, 18), draw(2, 5, IN)
+    found = lora.input_covariances(
+        targets,
+        lambda params, b: {"conv": b["p"], "layers": jnp.moveaxis(b["s"], 1, 0)},
+        params,
+        [
+            {"p": patches[:3], "s": jnp.moveaxis(stacked, 0, 1)[:3]},
+            {"p": patches[3:], "s": jnp.moveaxis(stacked, 0, 1)[3:]},  # ragged
+        ],
+    )
+    flat = np.float64(patches).reshape(-1, 18)
+    np.testing.assert_allclose(found["conv"], flat.T @ flat / len(flat), atol=1e-5)
+    for i in range(2):
+        x = np.float64(stacked[i])
+        np.testing.assert_allclose(found["layers"][i], x.T @ x / 5, atol=1e-5)
+
+
+def test_a_full_memory_keeps_the_strongest_or_raises():
+    data = batch_of(30)
+    state = frozen(statistic="inputs", memory_rank=3).init(start())
+    full = boundary(state, start(), [data])
+    memory = lora.memory(full)["kernel"]
+    top = np.linalg.svd(np.float64(data["x"]).T)[0][:, :3]
+    np.testing.assert_allclose(memory @ memory.T, top @ top.T, atol=1e-4)
+    strict = frozen(statistic="inputs", memory_rank=3, overflow="error")
+    with pytest.raises(ValueError, match=r"`kernel` has 3 columns.*needs 10 more"):
+        boundary(strict.init(start()), start(), [data])
+    with pytest.raises(ValueError, match="inside a transformed function"):
+        jax.jit(lambda s: boundary(s, start(), [data]))(strict.init(start()))
+    (row,) = optax_cl.describe(full)
+    assert (row.tasks, row.capacity) == (3, 3)
+    grown = optax_cl.grow(full, 100)
+    assert lora.memory(grown)["kernel"].shape == (IN, IN - R)
+    assert used(lora.memory(boundary(grown, start(), [data]))["kernel"]) == IN - R
+
+
+# --- Bad input, and the contract -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"memory_rank": None}, ValueError, "only `targets`"),
+        ({"targets": None}, ValueError, "only `memory_rank`"),
+        ({"targets": {"kernel": R}}, TypeError, "lora.targets"),
+        ({"memory_rank": 0}, ValueError, "memory_rank"),
+        ({"memory_rank": {"other": 3}}, ValueError, "one for each target"),
+        ({"threshold": 1.5}, ValueError, "threshold"),
+        ({"statistic": "median"}, ValueError, "'mean', 'batches', 'inputs'"),
+        ({"overflow": "wrap"}, ValueError, "overflow"),
+        ({"factors": "("}, ValueError, "factors"),
+    ],
+)
+def test_arguments_out_of_range_are_named(kwargs, error, match):
+    with pytest.raises(error, match=match):
+        frozen(**kwargs)
+
+
+def test_an_adapter_as_wide_as_its_inputs_leaves_no_room_for_a_memory():
+    targets = lora.targets({"kernel": jnp.ones((2, 4))}, {"kernel": 2}, alpha=1.0)
+    with pytest.raises(ValueError, match="no room for a memory"):
+        lora.frozen_a(targets=targets, memory_rank=1)
+
+
+def test_what_the_memory_reads_must_be_given():
+    adapters, data = start(), [batch_of(4)]
+    with pytest.raises(ValueError, match="frozen=params"):
+        optax_cl.collect(frozen().init(adapters), adapters, data, task=TASK, key=KEY)
+    inputs = frozen(statistic="inputs").init(adapters)
+    with pytest.raises(ValueError, match=r"`task.layer_inputs` is None"):
+        boundary(inputs, adapters, data, optax_cl.Task(loss=losses))
+    wrong = optax_cl.Task(layer_inputs=lambda both, batch: {"kernel": batch["y"]})
+    with pytest.raises(ValueError, match=r"at `kernel` expected .* got shape \(4, 6\)"):
+        boundary(inputs, adapters, data, wrong)
+    none = optax_cl.Task(layer_inputs=lambda both, batch: {"bias": batch["y"]})
+    with pytest.raises(ValueError, match="no inputs of `kernel`"):
+        boundary(inputs, adapters, data, none)
+    with pytest.raises(ValueError, match="no input-side factor"):
+        frozen().init({"kernel": jnp.ones((IN, R))})
+
+
+def test_with_a_memory_it_keeps_the_contract():
+    data = [batch_of(4), batch_of(3)]
+
+    def make(threshold=0.9):
+        hold = frozen(statistic="inputs", threshold=threshold)
+        return optax_cl.chain(
+            optax_cl.scale_by_decoupled_adam(), hold, optax.scale(-0.1)
+        )
+
+    testing.check_contract(
+        make,
+        start(),
+        collect=lambda state, adapters: optax_cl.collect(
+            state, adapters, data, task=TASK, frozen=PARAMS, key=KEY
+        ),
+        converges=False,
+    )
