@@ -18,7 +18,7 @@ What the caller holds to: ``x`` is orthonormal and off the memory up to rounding
 a factor stored wide, ``[r, d]``, is transposed before it comes here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -26,19 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from optax_cl._core import checks
-from optax_cl._core.linalg import PRECISION
+from optax_cl._core.linalg import coefficients, lift
+from optax_cl._core.orthonormal import identity, off_memory, orthonormalize
 
 METRICS = ("euclidean", "canonical")
 RETRACTIONS = ("polar", "newton_schulz", "qr", "cayley")
 POLARS = ("eigh", "newton_schulz", "svd")
-
-# A Gram matrix squares the condition number. Up to this condition of the Gram matrix
-# one pass is exact to rounding; beyond it the slow path takes over.
-_WELL_CONDITIONED = 100.0
-# Enough for an eigenvalue of rounding size in float64; a few are the rule.
-_MAX_ITERATIONS = 64
-
-_Pass = Callable[[chex.Array, bool], tuple[chex.Array, chex.Array, chex.Array]]
 
 
 def tangent_project(
@@ -89,11 +82,11 @@ def tangent_project(
     _check("x", x, memory)
     _check_like("z", z, x)
     x, z, memory, dtype = _widen(x, z, memory)
-    z = _off_memory(z, memory)
-    inner = _mt_n(x, z)
+    z = off_memory(z, memory)
+    inner = coefficients(x, z)
     if metric == "euclidean":
-        return (z - _mm(x, _sym(inner))).astype(dtype)
-    return (z - _mm(x, _t(inner))).astype(dtype)
+        return (z - lift(x, (inner + inner.mT) / 2)).astype(dtype)
+    return (z - lift(x, inner.mT)).astype(dtype)
 
 
 def riemannian_gradient(
@@ -199,10 +192,10 @@ def retract(
     if method == "cayley":
         # A Cayley transform is orthogonal, so that it hands on the rounding error of
         # `x`, which would build up; a polar step takes it away.
-        y, one_pass = _cayley(x, _off_memory(xi, memory)), _PASSES["newton_schulz"]
+        y, factor = _cayley(x, off_memory(xi, memory)), "newton_schulz"
     else:
-        y, one_pass = x + xi, _PASSES["eigh" if method == "polar" else method]
-    return _orthonormalize(y, one_pass, memory, otherwise=x).astype(dtype)
+        y, factor = x + xi, "eigh" if method == "polar" else method
+    return orthonormalize(y, factor, memory=memory, otherwise=x).astype(dtype)
 
 
 def polar(
@@ -242,9 +235,9 @@ def polar(
     _check("y", y, memory)
     dtype = jnp.result_type(y)
     y, _, memory, _ = _widen(y, y, memory)
-    return _orthonormalize(
-        y, _PASSES[method], memory, otherwise=jnp.zeros_like(y)
-    ).astype(dtype)
+    return orthonormalize(y, method, memory=memory, otherwise=jnp.zeros_like(y)).astype(
+        dtype
+    )
 
 
 def transport(
@@ -270,7 +263,7 @@ def orthonormality_error(x: chex.Array) -> chex.Array:
     r"""The largest entry of :math:`|X^\top X - I|` of each matrix, ``[...]``."""
     _check("x", x, None)
     x, _, _, _ = _widen(x, x, None)
-    return jnp.max(jnp.abs(_mt_n(x, x) - _eye(x)), axis=(-2, -1))
+    return jnp.max(jnp.abs(coefficients(x, x) - identity(x)), axis=(-2, -1))
 
 
 def random(
@@ -305,165 +298,11 @@ def _cayley(x, xi):
     # system of size 2r whose upper right block is -I/2; eliminating by it leaves
     #   X' = (2 X + K) (I - A/2 + K^T K / 4)^{-1} - X,
     # where the symmetric part of the r x r matrix is at least I: no step is singular.
-    inner = _mt_n(x, xi)
-    skew = (inner - _t(inner)) / 2
-    k = xi - _mm(x, inner)
-    system = _eye(x) - skew / 2 + _mt_n(k, k) / 4
-    return _mm(2 * x + k, jnp.linalg.inv(system)) - x
-
-
-def _orthonormalize(y, one_pass: _Pass, memory, *, otherwise):
-    """One pass over ``y`` where it is well conditioned, else several."""
-    coeffs = None if memory is None else _mt_n(memory, y)
-    free = y if memory is None else y - _mm(memory, coeffs)
-    x, low, high = one_pass(free, False)
-    well = high < _WELL_CONDITIONED * low
-    if coeffs is not None:
-        # What rounding leaves in the memory is a share of what was there before.
-        well &= jnp.sum(coeffs**2, axis=(-2, -1)) < 4 * low
-    # A loop that runs once or not at all, not a branch: under vmap a branch would
-    # always take both sides.
-    x, _ = jax.lax.while_loop(
-        lambda carry: carry[1],
-        lambda carry: (
-            _select(well, carry[0], _carefully(y, one_pass, memory, otherwise)),
-            jnp.zeros_like(carry[1]),
-        ),
-        (x, ~jnp.all(well)),
-    )
-    return x
-
-
-def _carefully(y, one_pass: _Pass, memory, otherwise):
-    """The result of ``one_pass`` for input of any scale, rank and condition."""
-    finite = jnp.all(jnp.isfinite(y), axis=(-2, -1))
-    y = _select(finite, y, otherwise)
-    size = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True)
-    y = _off_memory(_off_memory(y / jnp.where(size > 0, size, 1), memory), memory)
-
-    def improve(_, x):
-        # A shifted pass keeps the polar (and the Q) factor and lifts the smallest
-        # singular values about a thousandfold (in float32); so does it with what
-        # rounding left in the memory.
-        return _off_memory(one_pass(x, True)[0], memory)
-
-    x = jax.lax.fori_loop(0, 4, improve, y)
-    # Now singular values are 1, or 0 where a direction is missing: fill that in.
-    missing = _eye(x) - _mt_n(x, x)
-    frame = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
-    fill = _off_memory(_mm(frame, missing), memory) / x.shape[-2] ** 0.5
-    x = jax.lax.fori_loop(0, 4, improve, x + fill - _mm(x, _mt_n(x, fill)))
-    return one_pass(x, False)[0]
-
-
-def _gram_pass(root):
-    """A pass ``Y -> Y Z`` with ``Z^T (Y^T Y) Z = I``, from ``root(gram) = Z``."""
-
-    def one_pass(y, shifted):
-        gram = _mt_n(y, y)
-        high = _norm_bound(gram)
-        high = jnp.where(high > 0, high, 1)  # the zero matrix
-        if shifted:
-            # As large as the rounding error of the Gram matrix, so that it stays
-            # positive definite.
-            shift = y.shape[-1] * jnp.finfo(y.dtype).eps * high
-            gram += shift[..., None, None] * _eye(y)
-        z = root(gram / high[..., None, None])
-        # |Z|^2, the reciprocal of the smallest eigenvalue: two norms bound it.
-        inverse = jnp.max(jnp.sum(jnp.abs(z), -1), -1) * jnp.max(
-            jnp.sum(jnp.abs(z), -2), -1
-        )
-        x = _mm(y, z * jax.lax.rsqrt(high)[..., None, None])
-        return x, high / inverse, high
-
-    return one_pass
-
-
-def _inverse_root_eigh(gram):
-    values, vectors = jnp.linalg.eigh(gram)
-    floor = gram.shape[-1] * jnp.finfo(gram.dtype).eps
-    scaled = vectors * jnp.maximum(values, floor)[..., None, :] ** -0.25
-    z = _mm(scaled, _t(scaled))
-    # Eigenvectors are orthonormal to some rounding errors only: one Newton step.
-    return _mm(z, 1.5 * _eye(z) - _mm(z, _mm(gram, z)) / 2)
-
-
-def _inverse_root_newton_schulz(gram):
-    # The iteration X <- X (3 I - X^T X) / 2 for X = Y Z, written for Z and for the Gram
-    # matrix X^T X alone, so that its steps cost r^3 and not d r^2.
-    eye = _eye(gram)
-    close = jnp.finfo(gram.dtype).eps ** 0.5
-
-    def step(carry):
-        gram, z, _, i = carry
-        error = jnp.max(jnp.abs(gram - eye), axis=(-2, -1))
-        t = 1.5 * eye - gram / 2
-        # One matrix that is not finite must not stop the others.
-        return _mm(t, _mm(gram, t)), _mm(z, t), jnp.any(error > close), i + 1
-
-    # The error that is tested is the one before the last step, which squared it.
-    start = (gram, jnp.broadcast_to(eye, gram.shape), jnp.array(True), 0)
-    _, z, _, _ = jax.lax.while_loop(
-        lambda carry: carry[2] & (carry[3] < _MAX_ITERATIONS), step, start
-    )
-    return z
-
-
-def _inverse_root_cholesky(gram):
-    lower = jnp.linalg.cholesky(gram)
-    inverse = jax.lax.linalg.triangular_solve(
-        lower, jnp.broadcast_to(_eye(gram), gram.shape), left_side=True, lower=True
-    )
-    return _t(inverse)
-
-
-def _svd_pass(y, shifted):
-    del shifted
-    u, s, vt = jnp.linalg.svd(y, full_matrices=False)
-    return _mm(u, vt), s[..., -1] ** 2, s[..., 0] ** 2
-
-
-_PASSES: dict[str, _Pass] = {
-    "eigh": _gram_pass(_inverse_root_eigh),
-    "newton_schulz": _gram_pass(_inverse_root_newton_schulz),
-    "qr": _gram_pass(_inverse_root_cholesky),
-    "svd": _svd_pass,
-}
-
-
-def _off_memory(z, memory):
-    return z if memory is None else z - _mm(memory, _mt_n(memory, z))
-
-
-def _norm_bound(gram):
-    """A bound of the largest eigenvalue that is 1 for the identity."""
-    return jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)
-
-
-def _select(condition, a, b):
-    return jnp.where(condition[..., None, None], a, b)
-
-
-def _mm(a, b):
-    return jnp.einsum("...dr,...rs->...ds", a, b, precision=PRECISION)
-
-
-def _mt_n(a, b):
-    return jnp.einsum("...dr,...ds->...rs", a, b, precision=PRECISION)
-
-
-def _t(a):
-    return jnp.swapaxes(a, -1, -2)
-
-
-def _sym(a):
-    return (a + _t(a)) / 2
-
-
-def _eye(like):
-    """The identity of the size of the last axis, with as many axes as ``like``."""
-    eye = jnp.eye(like.shape[-1], dtype=like.dtype)
-    return jnp.expand_dims(eye, range(like.ndim - 2))
+    inner = coefficients(x, xi)
+    skew = (inner - inner.mT) / 2
+    k = xi - lift(x, inner)
+    system = identity(x) - skew / 2 + coefficients(k, k) / 4
+    return lift(2 * x + k, jnp.linalg.inv(system)) - x
 
 
 def _widen(x, z, memory):
