@@ -165,19 +165,20 @@ def lines(
     for i, (name, (at, mean, error)) in enumerate(series.items()):
         look = style(i)
         mean, error = np.asarray(mean), np.asarray(error)
+        # Later curves are thinner: where two are equal the lower one shows on the rim.
         axes.plot(
             at,
             mean,
             color=look["color"],
             linestyle=look["linestyle"],
             marker=look["marker"] if markers else "",
-            linewidth=1.6,
+            linewidth=1.2 + 0.25 * (len(series) - 1 - i),
             markersize=5,
             label=name,
         )
         if np.any(error > 0):
             axes.fill_between(
-                at, mean - error, mean + error, color=look["color"], alpha=0.2, lw=0
+                at, mean - error, mean + error, color=look["color"], alpha=0.1, lw=0
             )
     label(axes, x, y, title)
     if len(series) > 1:

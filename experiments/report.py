@@ -212,7 +212,7 @@ _CSS = """
   --good: #4fd0a5; --bad: #ff9a5c; } }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; margin: 0 0 1rem; } h2 { margin: 2.5rem 0 .75rem; }
 h3 { margin: 1.75rem 0 .5rem; font-size: 1.05rem; }
 .wide { overflow-x: auto; }
@@ -223,6 +223,10 @@ th, td { padding: .4rem .7rem; text-align: left; vertical-align: top;
 th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; }
 tbody tr:nth-child(even) { background: var(--band); }
 td.number { text-align: right; white-space: nowrap; }
+table.claims td { min-width: 5.5rem; }
+table.claims td:first-child { min-width: 10rem; }
+table.claims td:nth-child(4) { min-width: 8.5rem; }
+table.claims td:last-child { min-width: 12rem; }
 td.verdict { font-weight: 600; white-space: nowrap; }
 td.reproduced { color: var(--good); } td.not-reproduced { color: var(--bad); }
 td.not-testable-here { color: var(--soft); }

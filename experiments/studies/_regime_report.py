@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures, run_folder
+from experiments import figures, run_folder, scatter
 from experiments.report import Figure, Report, Table
 from experiments.studies import _regime_claims as claims
 from experiments.studies import _regime_regression as regression
 from experiments.studies import _regime_results as results
+from experiments.studies._regime_arms import ARMS
 from experiments.studies._regime_results import ArmResults, MapResults
 
 
@@ -303,36 +304,35 @@ def _settings_figure(maps: list[MapResults]) -> Figure:
 def _trade_figure(one: MapResults) -> Figure:
     base = one.fixed["vanilla"]
     scale = 100.0 if one.map.measure == "error" else 1.0
-    figure, axes = figures.new(width=8.4, height=5.6)
-    at = axes[0, 0]
-    for index, (name, arm) in enumerate(one.fixed.items()):
+    marks = []
+    for name, result in one.fixed.items():
         if name.startswith("raw"):
             continue
-        x, x_error = _mean(scale * (arm.learning - base.learning))
-        y, y_error = _mean(scale * (arm.forgetting - base.forgetting))
-        look = figures.style(index)
-        # More arms than colours: the second round is drawn hollow.
-        fill = look["color"] if index < len(figures.OKABE_ITO) else "none"
-        fill = fill if index < 2 * len(figures.OKABE_ITO) else "#cccccc"
-        at.errorbar(
-            x,
-            y,
-            xerr=x_error,
-            yerr=y_error,
-            color=look["color"],
-            marker=look["marker"],
-            markerfacecolor=fill,
-            markersize=7,
-            linestyle="none",
-            label=name,
+        arm = ARMS[name]
+        marks.append(
+            scatter.Mark(
+                name,
+                "none" if name == "vanilla" else arm.routing,
+                "plain"
+                if name == "vanilla"
+                else "replay"
+                if arm.routing == "replay"
+                else arm.rule,
+                _mean(scale * (result.learning - base.learning)),
+                _mean(scale * (result.forgetting - base.forgetting)),
+            )
         )
+    figure, axes = figures.new(width=9.0, height=6.4)
+    at = axes[0, 0]
+    scatter.draw(at, marks)
     unit = "loss" if scale == 1 else "points of error"
     figures.label(
         at,
         f"right after learning, minus vanilla ({unit})",
         f"forgetting, minus vanilla ({unit})",
     )
-    at.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    scatter.explain_marks(figure, marks)
+    scatter.name_marks(figure, at, marks)
     return Figure(
         f"{one.map.name}-trade",
         f"{_where(one)}: forgetting less, or only learning less?",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import figures, run_folder
+from experiments import figures, run_folder, scatter
 from experiments.report import Figure, Report, Table
 from experiments.studies import _stream_claims as claims
 from experiments.studies import _stream_results as measured
@@ -20,6 +20,7 @@ _METERS = {
     "leak": "leak of the update",
 }
 _SHOWN = 6  # Curves in one figure.
+_PER_PANEL = 18  # Named points in one panel.
 
 
 def summarize(folder: Path, arms: Sequence[Arm]) -> dict:
@@ -193,48 +194,46 @@ def _divergence_table(stream: dict) -> Table:
 
 
 def _trade_figure(results: dict[str, ArmResults]) -> Figure:
-    figure, axes = figures.new(width=8.0, height=5.4)
-    at = axes[0, 0]
-    places = {}
+    marks = {}
     for name, r in results.items():
         if not r.arm.joint:
             x = metrics.paired_difference(r.learning, results["vanilla"].learning)
             y = metrics.paired_difference(r.forgetting, results["vanilla"].forgetting)
-            places[name] = (x, y)
-    plain = [n for n in places if results[n].arm.family == "plain"]
-    plain.sort(key=lambda n: results[n].arm.learning_rate)
-    at.plot(
-        [places[n][0].mean for n in plain],
-        [places[n][1].mean for n in plain],
-        color="#777777",
-        linewidth=1.2,
-        zorder=1,
-        label="vanilla at several learning rates",
+            method = r.arm.family.removesuffix(f"-{r.arm.routing}")
+            marks[name] = scatter.Mark(name, r.arm.routing, method, tuple(x), tuple(y))
+    plain = [m for m in marks.values() if m.method == "plain"]
+    plain.sort(key=lambda m: results[m.name].arm.learning_rate)
+    groups = _panels([m for m in marks.values() if m.method != "plain"])
+    rows, columns = (1, 1) if len(groups) == 1 else (-(-len(groups) // 2), 2)
+    figure, axes = figures.new(
+        rows, columns, width=9.0 if columns == 1 else 14.0, height=6.4 * rows
     )
-    others = [n for n in places if n not in plain]
-    for name, (x, y) in places.items():
-        index = (plain if name in plain else others).index(name)
-        look = figures.style(index)
-        at.errorbar(
-            x.mean,
-            y.mean,
-            xerr=x.se,
-            yerr=y.se,
-            color="#777777" if name in plain else look["color"],
-            marker=look["marker"],
-            # Colours and markers come again after eight arms: hollow the second time.
-            markerfacecolor="white" if index >= len(figures.OKABE_ITO) else None,
-            linestyle="none",
-            capsize=2,
-            label=name,
+    for at in axes.flat[len(groups) :]:
+        at.set_axis_off()
+    for at, (title, group) in zip(axes.flat, groups.items(), strict=False):
+        # Each panel shows all arms, those of the others in grey.
+        others = [m for m in marks.values() if m not in group and m not in plain]
+        at.plot(
+            [m.x[0] for m in plain],
+            [m.y[0] for m in plain],
+            color=scatter.ROUTINGS["none"],
+            linewidth=1.2,
+            zorder=1,
         )
-    figures.label(
-        at,
-        "loss right after learning, minus vanilla (nats)",
-        "forgetting, minus vanilla (nats)",
-        "Forgetting less, or only learning less?",
-    )
-    at.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+        scatter.draw(at, [*plain, *group], faint=others)
+        figures.label(
+            at,
+            "loss right after learning, minus vanilla (nats per byte)",
+            "forgetting, minus vanilla (nats per byte)",
+            title,
+        )
+    limits = [[at.get_xlim(), at.get_ylim()] for at in axes.flat[: len(groups)]]
+    low, high = np.min(limits, 0)[:, 0], np.max(limits, 0)[:, 1]
+    for at in axes.flat[: len(groups)]:
+        at.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    scatter.explain_marks(figure, list(marks.values()))
+    for at, group in zip(axes.flat, groups.values(), strict=False):
+        scatter.name_marks(figure, at, [*plain, *group])
     return Figure(
         "trade",
         "Forgetting over learning",
@@ -243,6 +242,22 @@ def _trade_figure(results: dict[str, ArmResults]) -> Figure:
         "learns less, below it forgets less. The grey line is what a lower learning "
         "rate buys without any method; only arms below it do more than learn less.",
     )
+
+
+def _panels(marks: list[scatter.Mark]) -> dict[str, list[scatter.Mark]]:
+    """The arms in one panel while their names have room, else by kind of method."""
+    if len(marks) <= _PER_PANEL:
+        return {"Forgetting less, or only learning less?": marks}
+    kinds: dict[str, list[scatter.Mark]] = {}
+    for mark in marks:
+        kind = {
+            "constant": "subspace, fixed strength",
+            "agem": "A-GEM and EWC",
+            "ewc": "A-GEM and EWC",
+        }.get(mark.method, "subspace, strength by a rule")
+        kind = "replay" if mark.method.startswith("replay") else kind
+        kinds.setdefault(kind, []).append(mark)
+    return kinds
 
 
 def _difference_figure(results: dict[str, ArmResults]) -> Figure:
@@ -278,10 +293,17 @@ def _gap_figure(results: dict[str, ArmResults]) -> Figure:
     figure, axes = figures.new(width=8.0, height=4.4)
     at = axes[0, 0]
     tasks = results["vanilla"].matrix.shape[-1]
-    usual = [n for n, r in results.items() if r.arm.learning_rate == 1]
-    # Replay and joint training stand last in the list but say most here.
-    usual.sort(key=lambda n: not n.startswith(("vanilla", "replay", "joint")))
-    shown = usual[:_SHOWN]
+    # One arm of each kind: two routings of one method would cover each other.
+    kinds: dict[str, str] = {}
+    for name, r in results.items():
+        kind = (
+            "joint" if r.arm.joint else r.arm.family.removesuffix(f"-{r.arm.routing}")
+        )
+        if r.arm.learning_rate == 1:
+            kinds.setdefault(kind, name)
+    first = ("plain", "joint", "replay", "balance", "agem", "ewc")
+    shown = sorted(kinds, key=lambda k: first.index(k) if k in first else len(first))
+    shown = [kinds[kind] for kind in shown[:_SHOWN]]
     series = {}
     for name in shown:
         mean, error = figures.mean_and_error(results[name].curves["first_domain"])
@@ -302,8 +324,9 @@ def _gap_figure(results: dict[str, ArmResults]) -> Figure:
         "first_domain",
         "The first domain while the others are learned",
         figure,
-        "Held-out loss after every step, mean and standard error over seeds; grey "
-        "lines are switches of domain.",
+        "Held-out loss after every step, one arm of each kind, mean and standard error "
+        "over seeds. Every seed has another first domain, hence the wide bands: they "
+        "are not the error of a difference. Grey lines are switches of domain.",
     )
 
 
@@ -326,7 +349,10 @@ def _trace_figures(results: dict[str, ArmResults]) -> list[Figure]:
             mean, error = figures.mean_and_error(curves.get(meter, nothing))
             series[name] = (np.arange(len(mean)), mean, error)
         figures.lines(at, series, x="training step", y=_METERS[meter])
-        at.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+        if at.get_legend() is not None:
+            at.get_legend().remove()
+    # One legend for all: the arms keep their colours.
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return [
         Figure(
             "traces",

@@ -206,15 +206,23 @@ def _eps_switch_figure(parts: dict, b2: float) -> Any:
         right.plot(
             constants, mean, color=look["color"], linewidth=3, label=f"a = {a:g}"
         )
-        right.plot(constants, law, color="black", linestyle="--", linewidth=0.9)
+        right.plot(
+            constants,
+            law,
+            color="black",
+            linestyle="--",
+            linewidth=0.9,
+            # An underscore keeps a line out of the legend: one entry stands for all.
+            label="law" if a == FEW_STRENGTHS[-1] else "_law",
+        )
         right.fill_between(
             constants, mean - se, mean + se, color=look["color"], alpha=0.25, lw=0
         )
     left.set_xscale("log")
-    figures.label(left, "eps / rms gradient", "gain inflation R", "eps")
-    title = "state kept over a switch (q = 1)"
-    figures.label(right, "steps x (1 - b2)", "gain inflation R", title)
-    left.legend()
+    figures.label(left, "eps / rms gradient", "gain inflation R", "effect of eps")
+    title = "second moment kept over a switch (q = 1)"
+    figures.label(right, "steps after the switch x (1 - b2)", "gain inflation R", title)
+    left.legend(title="line: law, point: measured")
     right.legend()
     return figure
 

@@ -5,9 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
-from experiments import claims, figures, report, run_folder
+from experiments import claims, figures, report, run_folder, scatter
 from experiments.claims import Claim
+from experiments.studies import _regime_arms, _stream_arms, _stream_report
 
 CLAIMS = [
     Claim("a < b", "[1]", "five seeds", 1.2345, 0.067, "reproduced"),
@@ -188,6 +190,67 @@ def test_mean_and_error_by_hand():
 def test_colours_of_series_are_distinct():
     looks = [tuple(figures.style(i).values()) for i in range(16)]
     assert len(set(looks)) == 16
+
+
+def test_every_arm_of_the_studies_has_a_colour_and_a_marker():
+    for arm in _stream_arms.ARMS.values():
+        assert arm.routing in scatter.ROUTINGS
+        assert arm.family.removesuffix(f"-{arm.routing}") in scatter.METHODS
+    assert {*_regime_arms.ROUTINGS, "replay"} <= set(scatter.ROUTINGS)
+    assert set(_regime_arms.RULES) <= set(scatter.METHODS)
+    assert len(set(scatter.ROUTINGS.values())) == len(scatter.ROUTINGS)
+    assert len(set(scatter.METHODS.values())) == len(scatter.METHODS)
+
+
+def test_names_of_crowded_points_hide_no_name_and_no_point():
+    rng = np.random.default_rng(0)
+    where = rng.normal(0, 1, (12, 2))
+    where[1] = where[0] + 0.01  # two arms that all but coincide
+    marks = [
+        scatter.Mark(f"some-arm-{i}", "max", "balance", (x, 0.05), (y, 0.05))
+        for i, (x, y) in enumerate(where)
+    ]
+    figure, axes = figures.new(width=7, height=5)
+    at = axes[0, 0]
+    scatter.draw(at, marks)
+    figures.label(at, "x", "y")
+    scatter.explain_marks(figure, marks)
+    scatter.name_marks(figure, at, marks)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in at.texts]
+    assert [text.get_text() for text in at.texts] == [m.name for m in marks]
+    frame = at.get_window_extent()
+    for i, box in enumerate(boxes):
+        assert box.x0 >= frame.x0 and box.x1 <= frame.x1, "cut at a side"
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        points = at.transData.transform(where)
+        assert not any(box.contains(x, y) for x, y in points)
+    assert figures.to_svg(figure) == figures.to_svg(figure)
+
+
+def test_many_arms_are_drawn_in_panels_by_kind():
+    def marks(names):
+        arms = [_stream_arms.ARMS[name] for name in names]
+        return [
+            scatter.Mark(
+                a.name,
+                a.routing,
+                a.family.removesuffix(f"-{a.routing}"),
+                (0.0, 0.0),
+                (0.0, 0.0),
+            )
+            for a in arms
+            if a.family != "plain"
+        ]
+
+    assert len(_stream_report._panels(marks(_stream_arms.CORE))) == 1
+    panels = _stream_report._panels(marks(_stream_arms.ARMS))
+    assert {title: len(group) for title, group in panels.items()} == {
+        "subspace, fixed strength": 20,
+        "subspace, strength by a rule": 20,
+        "A-GEM and EWC": 8,
+        "replay": 4,
+    }
 
 
 def test_json_has_no_nan(tmp_path):
