@@ -1,5 +1,6 @@
 """What the starts of adapters share: singular vectors, magnitude, absorption."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -117,17 +118,47 @@ def singular_vectors(
     return left * sign, s * scale[..., 0], jnp.swapaxes(sign, -1, -2) * right
 
 
-def gradient_factors(
-    gradient: chex.Array, rank: int, order: str, svd: str, key: chex.PRNGKey | None
+@functools.partial(jax.jit, static_argnames=("rank", "order", "scaling", "svd"))
+def gradient_adapter(
+    kernel: chex.Array,
+    gradient: chex.Array,
+    *,
+    rank: int,
+    order: str,
+    scaling: str,
+    gamma: chex.Numeric = 1.0,
+    svd: str,
+    key: chex.PRNGKey | None,
 ) -> LoRA:
-    """Singular vectors of a gradient as factors; its singular values are not used."""
+    """Singular vectors of a gradient as an adapter; the singular values are not used.
+
+    Args:
+      kernel: ``[*batch, in, out]``.
+      gradient: ``[*batch, in, out]``.
+      rank: Of the adapter.
+      order: One of ``ORDERS``.
+      scaling: ``"loram"``, ``"stable"`` (with ``gamma``) or ``"none"``.
+      gamma: Divides the magnitude under ``"stable"``.
+      svd: See ``singular_vectors``.
+      key: See ``singular_vectors``.
+
+    Returns:
+      The adapter, in float32 or wider.
+    """
+    gradient = gradient.astype(factor_dtype(kernel))
     first_a, first_b = (rank * block for block in ORDERS[order])
     k = min(2 * rank, *gradient.shape[-2:])
     left, _, right = singular_vectors(gradient, k, svd, key)
-    return LoRA(
+    vectors = LoRA(
         a=left[..., first_a : first_a + rank],
         b=right[..., first_b : first_b + rank, :],
     )
+    if scaling == "loram":
+        return scale_like_kernel(vectors, kernel)
+    if scaling == "stable":
+        beta = kernel.shape[-1] ** 0.25 / jnp.sqrt(gamma)
+        return jax.tree.map(lambda x: beta.astype(x.dtype) * x, vectors)
+    return vectors
 
 
 def scale_like_kernel(factors: LoRA, kernel: chex.Array) -> LoRA:
@@ -174,7 +205,7 @@ def check_magnitude(targets: Targets, matrices: Mapping[str, chex.Array]) -> Non
             )
     check_each(
         matrices,
-        lambda w: jnp.max(w, axis=(-2, -1)) > jnp.min(w, axis=(-2, -1)),
+        _varies,
         "the kernel is constant (or NaN), so its variance gives no magnitude: both "
         "factors would be zero, and their gradients too. Initialise it, or leave it "
         "out of `targets`.",
@@ -185,7 +216,7 @@ def check_directions(gradients: Mapping[str, chex.Array]) -> None:
     """Raises if a gradient is zero."""
     check_each(
         gradients,
-        lambda g: jnp.any(g != 0, axis=(-2, -1)),
+        _is_nonzero,
         "the mean gradient is zero, which has no directions to start from. Does the "
         "loss read this kernel?",
     )
@@ -216,6 +247,16 @@ def per_target(targets: Targets, function: Any, *trees: Mapping[str, Any]) -> Ad
         return function(target, *(tree[path] for tree in trees))
 
     return {path: one(path, target) for path, target in targets.items()}
+
+
+@jax.jit
+def _is_nonzero(matrix):
+    return jnp.any(matrix != 0, axis=(-2, -1))
+
+
+@jax.jit
+def _varies(matrix):
+    return jnp.max(matrix, axis=(-2, -1)) > jnp.min(matrix, axis=(-2, -1))
 
 
 def _variance(matrix: chex.Array) -> chex.Array:

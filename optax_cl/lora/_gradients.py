@@ -98,7 +98,8 @@ def conflict(
       reference: The same for other data.
 
     Returns:
-      ``Conflict``; a cosine with a gradient that is zero or not finite is 0.
+      ``Conflict``. A matrix that is not finite counts as zero, and the cosine with zero
+      is 0.
 
     Raises:
       ValueError: If paths or shapes differ.
@@ -112,12 +113,8 @@ def conflict(
     """
     gradients, reference = dict(gradients), dict(reference)
     checks.check_same_shapes("reference", reference, gradients, "`gradients`")
-    cosine = {
-        path: _cosine([g], [reference[path]], (-2, -1)) for path, g in gradients.items()
-    }
-    paths = list(gradients)
-    overall = _cosine([gradients[p] for p in paths], [reference[p] for p in paths])
-    return Conflict(cosine, overall)
+    parts = {path: _products(g, reference[path]) for path, g in gradients.items()}
+    return Conflict({path: _cosine(p) for path, p in parts.items()}, _overall(parts))
 
 
 def check_gradients(
@@ -244,23 +241,51 @@ def _are_finite(matrices):
     return {path: jnp.isfinite(x).all() for path, x in matrices.items()}
 
 
-def _cosine(gs, rs, axes=None):
-    gs, rs = _scaled(gs, axes), _scaled(rs, axes)
+class _Products(NamedTuple):
+    """Inner products of two matrices whose largest entries were brought to one."""
 
-    def dot(xs, ys):
-        parts = [jnp.sum(x * y, axis=axes) for x, y in zip(xs, ys, strict=True)]
-        return functools.reduce(jnp.add, parts)
-
-    lengths = jnp.sqrt(dot(gs, gs)) * jnp.sqrt(dot(rs, rs))
-    defined = lengths > 0
-    return jnp.where(defined, dot(gs, rs) / jnp.where(defined, lengths, 1.0), 0.0)
+    g_top: chex.Array  # [*batch], what g was divided by; 0 if it is not finite
+    r_top: chex.Array  # [*batch]
+    gg: chex.Array  # [*batch]
+    rr: chex.Array  # [*batch]
+    gr: chex.Array  # [*batch]
 
 
-def _scaled(xs, axes):
-    """Divided by their largest entry; zero where it is zero or not finite."""
-    xs = [jnp.asarray(x, trees.importance_dtype(jnp.result_type(x))) for x in xs]
-    keep = axes is not None
-    tops = [jnp.max(jnp.abs(x), axis=axes, keepdims=keep) for x in xs]
-    top = functools.reduce(jnp.maximum, tops)
+@jax.jit
+def _products(g, r):
+    (g, g_top), (r, r_top) = _scaled(g), _scaled(r)
+
+    def dot(x, y):
+        return jnp.sum(x * y, axis=(-2, -1))
+
+    return _Products(g_top, r_top, dot(g, g), dot(r, r), dot(g, r))
+
+
+def _scaled(x):
+    x = jnp.asarray(x, trees.importance_dtype(jnp.result_type(x)))
+    top = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     usable = jnp.isfinite(top) & (top > 0)
-    return [jnp.where(usable, x / jnp.where(usable, top, 1.0), 0.0) for x in xs]
+    scaled = jnp.where(usable, x / jnp.where(usable, top, 1.0), 0.0)
+    return scaled, jnp.where(usable, top, 0.0)[..., 0, 0]
+
+
+@jax.jit
+def _overall(parts):
+    """The cosine of all matrices as one vector, from the products of each."""
+    rows = [_Products(*(jnp.ravel(x) for x in p)) for p in parts.values()]
+    p = _Products(*(jnp.concatenate(column) for column in zip(*rows, strict=True)))
+
+    def relative(tops):
+        top = jnp.max(tops)
+        return tops / jnp.where(top > 0, top, 1.0)
+
+    g, r = relative(p.g_top), relative(p.r_top)
+    gg, rr, gr = jnp.sum(g * g * p.gg), jnp.sum(r * r * p.rr), jnp.sum(g * r * p.gr)
+    return _cosine(p._replace(gg=gg, rr=rr, gr=gr))
+
+
+@jax.jit
+def _cosine(p):
+    lengths = jnp.sqrt(p.gg) * jnp.sqrt(p.rr)
+    defined = lengths > 0
+    return jnp.where(defined, p.gr / jnp.where(defined, lengths, 1.0), 0.0)

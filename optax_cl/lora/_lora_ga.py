@@ -1,6 +1,5 @@
 """LoRA-GA: adapters that start in the singular vectors of the gradient."""
 
-import math
 from collections.abc import Mapping
 
 import chex
@@ -14,12 +13,10 @@ from optax_cl.lora._absorb import (
     check_disjoint,
     check_magnitude,
     check_svd,
-    factor_dtype,
-    gradient_factors,
+    gradient_adapter,
     per_target,
-    scale_like_kernel,
 )
-from optax_cl.lora._adapters import LoRA, Targets, kernels
+from optax_cl.lora._adapters import Targets, kernels
 from optax_cl.lora._gradients import check_gradients
 
 
@@ -103,15 +100,16 @@ def lora_ga_init(
     check_directions(gradients)
 
     def make(target, kernel, gradient):
-        factors = gradient_factors(
-            gradient.astype(factor_dtype(kernel)), target.rank, order, svd, key
+        return gradient_adapter(
+            kernel,
+            gradient,
+            rank=target.rank,
+            order=order,
+            scaling=scaling,
+            gamma=gamma,
+            svd=svd,
+            key=key,
         )
-        if scaling == "loram":
-            return scale_like_kernel(factors, kernel)
-        beta = 1.0
-        if scaling == "stable":
-            beta = kernel.shape[-1] ** 0.25 / math.sqrt(gamma)
-        return LoRA(a=beta * factors.a, b=beta * factors.b)
 
     adapters = per_target(targets, make, weights, gradients)
     return Start(absorb(targets, params, adapters), adapters)

@@ -1,6 +1,9 @@
 """LoRAM: a fixed basis with the magnitude of a data-driven start."""
 
+import functools
+
 import chex
+import jax
 import jax.numpy as jnp
 
 from optax_cl.lora._absorb import (
@@ -62,18 +65,19 @@ def loram_init(targets: Targets, params: chex.ArrayTree) -> Start:
     weights = kernels(targets, params)
     check_magnitude(targets, weights)
 
-    def make(target, kernel):
-        *batch, fan_in, fan_out = kernel.shape
-        dtype = factor_dtype(kernel)
-        a, b = (_sines(m, target.rank, dtype) for m in (fan_in, fan_out))
-        factors = LoRA(
-            a=jnp.broadcast_to(a, (*batch, *a.shape)),
-            b=jnp.broadcast_to(b.T, (*batch, *b.T.shape)),
-        )
-        return scale_like_kernel(factors, kernel)
-
-    adapters = per_target(targets, make, weights)
+    adapters = per_target(targets, lambda t, kernel: _adapter(kernel, t.rank), weights)
     return Start(absorb(targets, params, adapters), adapters)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _adapter(kernel, rank):
+    *batch, fan_in, fan_out = kernel.shape
+    a, b = (_sines(m, rank, factor_dtype(kernel)) for m in (fan_in, fan_out))
+    vectors = LoRA(
+        a=jnp.broadcast_to(a, (*batch, fan_in, rank)),
+        b=jnp.broadcast_to(b.T, (*batch, rank, fan_out)),
+    )
+    return scale_like_kernel(vectors, kernel)
 
 
 def _sines(m, rank, dtype):

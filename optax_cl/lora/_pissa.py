@@ -1,6 +1,9 @@
 """PiSSA: adapters that hold the principal part of the weights."""
 
+import functools
+
 import chex
+import jax
 import jax.numpy as jnp
 
 from optax_cl.lora._absorb import (
@@ -70,17 +73,28 @@ def pissa_init(
     weights = kernels(targets, params)
     check_each(
         weights,
-        lambda w: jnp.isfinite(w).all((-2, -1)) & (w != 0).any((-2, -1)),
+        _is_finite_and_nonzero,
         "the kernel is zero or not finite, so it has no principal part. Initialise it, "
         "or leave it out of `targets`.",
     )
 
     def make(target, kernel):
-        left, s, right = singular_vectors(
-            kernel.astype(factor_dtype(kernel)), target.rank, svd, key
-        )
-        root = jnp.sqrt(s / target.scale)
-        return LoRA(a=left * root[..., None, :], b=root[..., None] * right)
+        return _adapter(kernel, target.scale, target.rank, svd, key)
 
     adapters = per_target(targets, make, weights)
     return Start(absorb(targets, params, adapters), adapters)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _adapter(kernel, scale, rank, svd, key):
+    left, s, right = singular_vectors(
+        kernel.astype(factor_dtype(kernel)), rank, svd, key
+    )
+    root = jnp.sqrt(s / scale)
+    return LoRA(a=left * root[..., None, :], b=root[..., None] * right)
+
+
+@jax.jit
+def _is_finite_and_nonzero(matrix):
+    axes = (-2, -1)
+    return jnp.isfinite(matrix).all(axes) & (matrix != 0).any(axes)

@@ -1,5 +1,6 @@
 """SLICE: adapters that start in the gradient after its conflict was taken out."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,10 +17,8 @@ from optax_cl.lora._absorb import (
     check_each,
     check_magnitude,
     check_svd,
-    factor_dtype,
-    gradient_factors,
+    gradient_adapter,
     per_target,
-    scale_like_kernel,
 )
 from optax_cl.lora._adapters import Targets, kernels
 from optax_cl.lora._gradients import check_gradients, conflict
@@ -143,6 +142,8 @@ def slice_init(
     """
     checks.check_choice("selection", selection, tuple(_SELECTIONS))
     checks.check_choice("scaling", scaling, ("loram", "none"))
+    checks.check_choice("granularity", granularity, ("leaf", "global"))
+    checks.check_number("strength", strength, low=0.0, high=1.0)
     check_svd(svd)
     order = _SELECTIONS[selection]
     check_disjoint(targets, order, "`selection='top'`")
@@ -157,46 +158,51 @@ def slice_init(
         check_magnitude(targets, weights)
     check_directions(gradients)
 
-    kept = _operate(gradients, reference, granularity, strength, gate)
+    kept, gate_open, something_left = _operate(
+        gradients, reference, strength, granularity=granularity, gate=gate
+    )
     check_each(
-        {path: jnp.stack([g, kept[path]]) for path, g in gradients.items()},
-        _something_left,
+        something_left,
+        lambda left: left,
         "surgery leaves nothing of the gradient: it points straight against (or along) "
         "the reference. Lower `strength`, or leave this kernel out of `targets`.",
     )
 
     def make(target, kernel, gradient):
-        factors = gradient_factors(
-            gradient.astype(factor_dtype(kernel)), target.rank, order, svd, key
+        return gradient_adapter(
+            kernel,
+            gradient,
+            rank=target.rank,
+            order=order,
+            scaling=scaling,
+            svd=svd,
+            key=key,
         )
-        return scale_like_kernel(factors, kernel) if scaling == "loram" else factors
 
     adapters = per_target(targets, make, weights, kept)
     found = conflict(gradients, reference)
-    diagnostics = SliceDiagnostics(
-        gate_open={
-            path: jnp.any(kept[path] != g, axis=(-2, -1))
-            for path, g in gradients.items()
-        },
-        cosine=found.cosine,
-        overall_cosine=found.overall,
-    )
+    diagnostics = SliceDiagnostics(gate_open, found.cosine, found.overall)
     return Start(absorb(targets, params, adapters), adapters, diagnostics)
 
 
-def _operate(gradients, reference, granularity, strength, gate):
-    checks.check_choice("granularity", granularity, ("leaf", "global"))
+@functools.partial(jax.jit, static_argnames=("granularity", "gate"))
+def _operate(gradients, reference, strength, *, granularity, gate):
+    """The gradients after surgery; which it changed; of which something is left."""
 
     def project(g, r):
         return surgery.project_conflict(g, r, strength=strength, gate=gate)
 
     if granularity == "global":
-        return project(gradients, reference)
-    # The layers of a stack are modules of their own.
-    one_by_one = jnp.vectorize(project, signature="(i,o),(i,o)->(i,o)")
-    return jax.tree.map(one_by_one, gradients, reference)
+        kept = project(gradients, reference)
+    else:  # The layers of a stack are modules of their own.
+        one_by_one = jnp.vectorize(project, signature="(i,o),(i,o)->(i,o)")
+        kept = jax.tree.map(one_by_one, gradients, reference)
 
+    def changed(g, kept):
+        return jnp.any(kept != g, axis=(-2, -1))
 
-def _something_left(pair):
-    before, after = jnp.max(jnp.abs(pair), axis=(-2, -1))
-    return after > 1e-6 * before
+    def left(g, kept):
+        before, after = (jnp.max(jnp.abs(x), axis=(-2, -1)) for x in (g, kept))
+        return after > 1e-6 * before  # less is the rounding of the surgery
+
+    return kept, *(jax.tree.map(f, gradients, kept) for f in (changed, left))

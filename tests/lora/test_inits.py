@@ -83,7 +83,8 @@ def test_absorption_in_bfloat16_is_within_its_rounding():
 
 
 def test_float64_kernels_get_float64_adapters(x64):
-    chosen, params, g = case(jnp.float64)
+    _, params, g = case(jnp.float64)
+    chosen, g = lora.targets(params, {"tall": RANK}, alpha=2.0), {"tall": g["tall"]}
     for start in starts(chosen, params, g).values():
         assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(start.adapters))
         merged = lora.merge(chosen, start.params, start.adapters)
