@@ -49,6 +49,14 @@ from optax_cl.lora._olora_project import project_start as project_start
 from optax_cl.lora._peft import load_peft as load_peft
 from optax_cl.lora._peft import save_peft as save_peft
 from optax_cl.lora._pissa import pissa_init as pissa_init
+from optax_cl.lora._prototypes import Prototypes as Prototypes
+from optax_cl.lora._prototypes import Router as Router
+from optax_cl.lora._prototypes import Routes as Routes
+from optax_cl.lora._prototypes import mahalanobis as mahalanobis
+from optax_cl.lora._prototypes import nearest_mean as nearest_mean
+from optax_cl.lora._prototypes import prototypes_add as prototypes_add
+from optax_cl.lora._prototypes import prototypes_init as prototypes_init
+from optax_cl.lora._prototypes import route as route
 from optax_cl.lora._slice import SliceDiagnostics as SliceDiagnostics
 from optax_cl.lora._slice import slice_init as slice_init
 from optax_cl.lora._stack import select as select
