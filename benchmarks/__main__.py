@@ -91,8 +91,9 @@ def moment_rows(pairs: int, million: float) -> list[Row]:
     # times; A-GEM 3 for its inner products and 3 + 3 + 3 = 12; EWC 5 + 5 + 3 = 13.
     # Hence ratios near 1.71 and 1.86 on trees far larger than the cache, where bytes
     # say 1.5 and 1.6. One loop for both inner products (a reduction of a pair, or of
-    # complex numbers) reads less and takes two to five times as long: XLA does not
-    # vectorise it.
+    # complex numbers) reads less and takes two to ten times as long: XLA does not
+    # vectorise it. Its option for loops with several results gives up the writes in
+    # place, and both rows get slower.
     def add(what, budget, reads, tx, **extra):
         step = optimizer_step(tx, params, **extra)
         ratio = timing.compare(step, adam(), pairs=pairs)
