@@ -1,7 +1,8 @@
 """Task boundaries for Flax NNX, whose optimizer keeps its state in variables.
 
 ``collect``, ``end_task`` and ``begin_task`` as in ``optax_cl``, on an ``nnx.Optimizer``
-and its model. A linen ``TrainState`` needs no face of its own: use the functions of
+and its model; and the adapters of ``nnx.LoRA`` modules as those of ``optax_cl.lora``.
+A linen ``TrainState`` needs no face of its own: use the functions of
 ``optax_cl`` on ``state.opt_state`` and ``state.params``, and ``state.replace``.
 """
 
@@ -12,7 +13,9 @@ import chex
 import jax
 from flax import nnx
 
-from optax_cl._core import tasks
+from optax_cl import lora
+from optax_cl._core import checks, tasks
+from optax_cl._core.matrices import MatrixView
 
 
 def classification(
@@ -134,6 +137,139 @@ def begin_task(
     params, _ = _arrays(optimizer, model)
     state = nnx.as_pure(optimizer.opt_state)
     _write(optimizer, tasks.begin_task(state, params, reset_nu_max=reset_nu_max))
+
+
+def lora_from_nnx(
+    model: nnx.Module,
+) -> tuple[lora.Targets, chex.ArrayTree, lora.Adapters]:
+    """The adapters of ``nnx.LoRA`` modules in the form of ``optax_cl.lora``.
+
+    ``nnx.LoRA`` and ``nnx.LoRALinear`` compute ``x @ kernel + x @ lora_a @ lora_b``,
+    without a factor ``alpha / rank``: the targets have scale 1. Everything of
+    ``optax_cl.lora`` that takes targets, parameters and adapters then works, and
+    ``lora_to_nnx`` writes the result back. To train in place with
+    ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)`` neither is needed.
+
+    Args:
+      model: With at least one such module, around or beside a kernel ``[in, out]``;
+        under ``nnx.vmap`` with the same leading axes on kernel and factors.
+
+    Returns:
+      Targets, the other parameters as a plain dictionary, and ``{path: LoRA}`` by the
+      path of the kernel. The arrays are the model's own.
+
+    Raises:
+      ValueError: If there is no such module, or one has no kernel that its factors fit.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_cl.flax
+      >>> from flax import nnx
+      >>> from optax_cl import lora
+      >>> model = nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))
+      >>> targets, params, adapters = optax_cl.flax.lora_from_nnx(model)
+      >>> print(list(adapters), targets["kernel"].scale, sorted(params))
+      ['kernel'] 1.0 ['bias', 'kernel']
+
+      After training, fold the adapters in and start anew:
+
+      >>> params = lora.merge(targets, params, adapters)
+      >>> zero = {p: x._replace(b=jnp.zeros_like(x.b)) for p, x in adapters.items()}
+      >>> optax_cl.flax.lora_to_nnx(model, zero, params)
+    """
+    found = _lora_modules(model)
+    own = {id(v) for module, _ in found.values() for v in _lora_variables(module)}
+    params = nnx.to_pure_dict(
+        nnx.state(model, lambda _, v: isinstance(v, nnx.Param) and id(v) not in own)
+    )
+    entries, adapters = [], {}
+    for path, (module, kernel) in found.items():
+        a, b = (variable[...] for variable in _lora_variables(module))
+        axes = tuple(range(kernel.ndim))
+        if a.shape[:-1] != kernel.shape[:-1] or b.shape != (
+            *a.shape[:-2],
+            a.shape[-1],
+            kernel.shape[-1],
+        ):
+            raise ValueError(
+                f"the nnx.LoRA at `{path}` has factors of shapes {a.shape} and "
+                f"{b.shape}, which don't fit its kernel of shape {kernel.shape}; "
+                "expected a kernel [*batch, in, out]."
+            )
+        view = MatrixView(axes[-2:-1], axes[-1:], axes[:-2])
+        entries.append((path, lora.Target(view, kernel.shape, a.shape[-1], 1.0)))
+        adapters[path] = lora.LoRA(a, b)
+    return lora.Targets(tuple(sorted(entries))), params, adapters
+
+
+def lora_to_nnx(
+    model: nnx.Module,
+    adapters: lora.Adapters,
+    params: chex.ArrayTree | None = None,
+) -> None:
+    """Writes adapters, and parameters if given, into the model of ``lora_from_nnx``.
+
+    Call ``begin_task`` afterwards if an optimizer holds copies of what was written.
+
+    Args:
+      model: The model; changed in place.
+      adapters: ``{path: LoRA}`` for all of its adapters, with scale 1 and of the ranks
+        that the model has; convert ``Spectral`` by ``lora.to_lora``.
+      params: The other parameters, with the structure that ``lora_from_nnx`` gives;
+        None leaves them.
+
+    Raises:
+      ValueError: If paths or shapes are others than the model's.
+    """
+    found = _lora_modules(model)
+    if set(adapters) != set(found):
+        raise ValueError(
+            f"`adapters` must have the model's paths {sorted(found)}; got "
+            f"{sorted(adapters)}."
+        )
+    own = {p: lora.LoRA(*_lora_variables(m)) for p, (m, _) in found.items()}
+    shapes = {path: lora.LoRA(x.a[...], x.b[...]) for path, x in own.items()}
+    checks.check_same_shapes("adapters", dict(adapters), shapes, "the model's")
+    if params is not None:
+        _, old, _ = lora_from_nnx(model)
+        checks.check_same_shapes("params", params, old, "the model's")
+        nnx.update(model, params)
+    for path, pair in own.items():
+        for variable, new in zip(pair, adapters[path], strict=True):
+            variable.set_value(new.astype(variable[...].dtype))
+
+
+def _lora_modules(model: nnx.Module) -> dict[str, tuple[nnx.LoRA, nnx.Variable]]:
+    """Every LoRA module and the kernel it adapts, by the kernel's path."""
+    found, inner = {}, set()
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.LoRALinear):
+            inner.add(id(node.lora))
+            found[_joined(path, "kernel")] = node.lora, node.kernel
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.LoRA) and id(node) not in inner:
+            kernel = getattr(node.base_module, "kernel", None)
+            if not isinstance(kernel, nnx.Variable):
+                raise ValueError(
+                    f"the nnx.LoRA at `{_joined(path)}` wraps no module with a kernel "
+                    f"(its base_module is {type(node.base_module).__name__}): what it "
+                    "adds can't be merged. Give it `base_module=`, or use "
+                    "nnx.LoRALinear."
+                )
+            found[_joined(path, "base_module", "kernel")] = node, kernel
+    if not found:
+        raise ValueError(
+            "`model` holds no nnx.LoRA or nnx.LoRALinear. For other models choose "
+            "kernels with `optax_cl.lora.targets(params, ...)`."
+        )
+    return found
+
+
+def _lora_variables(module: nnx.LoRA) -> tuple[nnx.Variable, nnx.Variable]:
+    return module.lora_a, module.lora_b
+
+
+def _joined(path: tuple[Any, ...], *names: str) -> str:
+    return "/".join(map(str, (*path, *names))) or "<root>"
 
 
 def _arrays(optimizer: nnx.Optimizer, model: nnx.Module) -> tuple[Any, Any]:
