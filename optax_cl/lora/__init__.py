@@ -28,7 +28,7 @@ from optax_cl.lora._eblora import eblora as eblora
 from optax_cl.lora._eblora_init import eblora_init as eblora_init
 from optax_cl.lora._frozen_a import FrozenAState as FrozenAState
 from optax_cl.lora._frozen_a import frozen_a as frozen_a
-from optax_cl.lora._frozen_a import frozen_a_init as frozen_a_init
+from optax_cl.lora._frozen_a_init import frozen_a_init as frozen_a_init
 from optax_cl.lora._gradients import Conflict as Conflict
 from optax_cl.lora._gradients import conflict as conflict
 from optax_cl.lora._gradients import mean_gradients as mean_gradients

@@ -63,7 +63,8 @@ def olora(
     overlap ends by chattering in a band as wide as a step; ``"fro"`` fades, and leaves
     a larger overlap the smaller the strength. It adds to the gradient, so with
     decoupled moments leave ``second_moment`` at ``"max"`` or use ``"routed"``; under
-    ``"raw"`` the denominator does not know of the penalty, and a step has no bound.
+    ``"raw"`` the denominator does not know of the penalty, and a step has no bound (a
+    pull of ten times the gradient: 11 learning rates in the first step, else 1).
 
     **Memory.** ``capacity`` copies of every ``a`` in float32. **Work per step.** Two
     products of ``[in, K r]`` with ``[in, r]``, however many tasks are stored.
