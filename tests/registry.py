@@ -242,6 +242,19 @@ def _olora_fro(strength: Schedulable = 0.5):
     )
 
 
+def _eblora(threshold=0.9, step_multiplier=1.0):
+    # None of the contract's leaves is an adapter: they go through, as a head would.
+    kernel = {"kernel": jnp.zeros((4, 3))}
+    eblora = lora.eblora(
+        optax.chain(optax_cl.scale_by_decoupled_adam(), optax.scale(-LR)),
+        targets=lora.targets(kernel, {"kernel": 1}, alpha=1.0),
+        memory_rank=2,
+        threshold=threshold,
+        step_multiplier=step_multiplier,
+    )
+    return (eblora,)
+
+
 def _frozen_a():
     # What is held fixed converges to nothing, and the objectives have no kernel.
     def only_kernels(tree):
@@ -281,6 +294,7 @@ ENTRIES: dict[str, Entry] = {
     "capture_raw": Entry(_capture_raw),
     "chain": _captured(_mix_replay)._replace(extra_args=_replay),
     "decoupled_adamw": Entry(_decoupled_adamw),
+    "eblora": _captured(_eblora),
     "ewc": _captured(_ewc),
     "ewc[separate]": _captured(_ewc_separate),
     "ewc_proximal": _captured(_ewc_proximal),

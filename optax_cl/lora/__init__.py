@@ -23,9 +23,9 @@ from optax_cl.lora._adapters import unmerge as unmerge
 from optax_cl.lora._convert import labels as labels
 from optax_cl.lora._convert import to_lora as to_lora
 from optax_cl.lora._convert import to_spectral as to_spectral
-from optax_cl.lora._eblora import EbloraState as EbloraState
 from optax_cl.lora._eblora import eblora as eblora
 from optax_cl.lora._eblora_init import eblora_init as eblora_init
+from optax_cl.lora._eblora_state import EbloraState as EbloraState
 from optax_cl.lora._frozen_a import FrozenAState as FrozenAState
 from optax_cl.lora._frozen_a import frozen_a as frozen_a
 from optax_cl.lora._frozen_a_init import frozen_a_init as frozen_a_init

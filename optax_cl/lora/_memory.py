@@ -159,7 +159,9 @@ def grow_memory(
     directions, wanted = _missing(memory, gradient, threshold)
     taken = jnp.minimum(wanted, memory.shape[-1] - count)
     # Column j of the memory takes direction j - count, if that is one to be taken.
-    source = jnp.arange(memory.shape[-1]) - jnp.expand_dims(count, -1)
+    shape = (*count.shape, memory.shape[-1])
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, count.ndim)
+    source = column - jnp.expand_dims(count, -1)
     fresh = (source >= 0) & (source < jnp.expand_dims(taken, -1))
     index = jnp.clip(source, 0, directions.shape[-1] - 1)
     picked = jnp.take_along_axis(directions, index[..., None, :], axis=-1)

@@ -1,0 +1,177 @@
+"""Spectral adapters in a tree: what a leaf is, checks, and stacks of equal shapes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_cl._core import checks, trees
+from optax_cl.lora._adapters import Spectral, Targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What a leaf is: a field of the adapter of some kernel, or neither."""
+
+    path: str | None
+    field: str | None
+
+
+def spectral(tree: Any) -> Iterator[tuple[str, Spectral]]:
+    """The ``Spectral`` adapters in a tree, with the paths of their kernels."""
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_spectral):
+        if _is_spectral(node):
+            yield _kernel_path(path), node
+
+
+def _is_spectral(node):
+    return isinstance(node, Spectral)
+
+
+def _kernel_path(path):
+    key = getattr(path[-1], "key", None) if path else None
+    if not isinstance(key, str):
+        raise ValueError(
+            "a `Spectral` adapter must stand in a dictionary under the path of its "
+            f"kernel; found one at `{checks.path_str(path)}`."
+        )
+    return key
+
+
+def roles(tree: Any) -> Any:
+    """A tree like ``tree`` with a ``Role`` for every leaf."""
+
+    def visit(path, node):
+        if not _is_spectral(node):
+            return Role(None, None)
+        name = _kernel_path(path)
+        return Spectral(
+            *(
+                jax.tree.map(lambda _, f=field: Role(name, f), leaf)
+                for field, leaf in node._asdict().items()
+            )
+        )
+
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=_is_spectral)
+
+
+def map_roles(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """``function(role, leaf, *others)`` at every leaf of ``tree``."""
+    return jax.tree.map(function, roles(tree), tree, *rest)
+
+
+def check_fit(targets: Targets, params: Any) -> None:
+    """Raises unless every ``Spectral`` adapter has the shapes of its target."""
+    for path, adapter in spectral(params):
+        if path not in targets:
+            raise ValueError(
+                f"`params` has a `Spectral` adapter at `{path}`, which is none of "
+                f"`targets`, {sorted(targets)}."
+            )
+        target = targets[path]
+        *batch, fan_in, fan_out = target.matrix_shape
+        expected = {
+            "s": ((*batch,), (*batch, target.rank)),
+            "u": ((*batch, fan_out, target.rank),),
+            "v": ((*batch, fan_in, target.rank),),
+        }
+        for field, leaf in adapter._asdict().items():
+            if trees.is_hole(leaf):
+                continue
+            if jnp.shape(leaf) not in expected[field]:
+                raise ValueError(
+                    f"`{path}/{field}` must have shape "
+                    f"{' or '.join(map(str, expected[field]))} for its target; got "
+                    f"{jnp.shape(leaf)}."
+                )
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"`{path}/{field}` must be real and floating; got dtype "
+                    f"{jnp.result_type(leaf)}."
+                )
+
+
+def known(x: Any) -> bool:
+    """Whether the values of an array can be judged here and now."""
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return isinstance(x, np.ndarray) or (
+        isinstance(x, jax.Array) and x.is_fully_addressable
+    )
+
+
+def wide(x: Any) -> np.ndarray:
+    """A known array in NumPy, at least in float32."""
+    return np.asarray(x).astype(np.promote_types(x.dtype, np.float32))
+
+
+def check_orthonormal(params: Any) -> None:
+    """Raises if a factor whose values are known is off the manifold."""
+    for path, adapter in spectral(params):
+        for field in ("u", "v"):
+            x = getattr(adapter, field)
+            if not known(x):
+                continue
+            y = wide(x)
+            gram = np.swapaxes(y, -1, -2) @ y
+            error = np.abs(gram - np.eye(y.shape[-1])).max(initial=0.0)
+            if not error < tolerance(x):
+                raise ValueError(
+                    f"`{path}/{field}` must have orthonormal columns; the largest "
+                    f"entry of |X^T X - I| is {error:.2g}. Start from "
+                    "`lora.eblora_init`, or apply `lora.stiefel.polar`."
+                )
+
+
+def tolerance(x: Any) -> float:
+    """How far from orthonormal rounding may leave an array of this dtype."""
+    return 1e-3 if x.dtype.itemsize >= 4 else 1e-2
+
+
+class Factors(NamedTuple):
+    """The leaves of a tree, and which of them are factors of one kind."""
+
+    structure: Any
+    points: list[Any]
+    memories: list[Any]
+    groups: list[list[int]]  # equal shapes and dtypes, and equal shapes of memories
+
+
+def factors_of(updates: Any, points: Any, bases: Any) -> Factors:
+    """The factors among ``updates``, with their points and (not None) their bases."""
+    structure = jax.tree.structure(updates)
+    kinds = structure.flatten_up_to(roles(updates))
+    leaves = structure.flatten_up_to(points)
+    memories: list[Any] = [None] * len(leaves)
+    if bases is not None:
+        memories = structure.flatten_up_to(bases)
+        memories = [None if trees.is_masked(m) else m for m in memories]
+    groups: dict[Any, list[int]] = {}
+    for i, (role, x, m) in enumerate(zip(kinds, leaves, memories, strict=True)):
+        if role.field in ("u", "v"):
+            kind = (x.shape, x.dtype, None if m is None else m.shape)
+            groups.setdefault(kind, []).append(i)
+    return Factors(structure, leaves, memories, list(groups.values()))
+
+
+def on_factors(function: Callable[..., Any], factors: Factors, tree: Any) -> Any:
+    """``function(x, z, memory=M)`` at the factors in ``tree``; the rest as it is.
+
+    Factors of one shape are stacked: one program for all layers, however many.
+    """
+    leaves = factors.structure.flatten_up_to(tree)
+    for group in factors.groups:
+        present = [i for i in group if not trees.is_hole(leaves[i])]
+        if not present:
+            continue
+        x = jnp.stack([factors.points[i] for i in present])
+        z = jnp.stack([leaves[i] for i in present])
+        memory = None
+        if factors.memories[present[0]] is not None:
+            memory = jnp.stack([factors.memories[i] for i in present])
+        for i, result in zip(present, function(x, z, memory=memory), strict=True):
+            leaves[i] = result
+    return factors.structure.unflatten(leaves)

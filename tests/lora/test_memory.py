@@ -1,0 +1,178 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_cl
+from optax_cl import lora
+from optax_cl.lora import _memory
+
+
+def gpm_rule(memory, gradient, threshold):
+    """The published rule, one direction at a time, in float64."""
+    memory, gradient = np.asarray(memory, np.float64), np.asarray(gradient, np.float64)
+    total = np.sum(gradient**2)
+    rest = gradient - memory @ (memory.T @ gradient)
+    vectors, singular, _ = np.linalg.svd(rest)
+    reached, added = total - np.sum(rest**2), []
+    for vector, value in zip(vectors.T, singular, strict=False):
+        if reached >= threshold * total:
+            break
+        added.append(vector)
+        reached += value**2
+    return np.array(added).reshape(-1, gradient.shape[0]).T
+
+
+def steep(key, shape):
+    decay = np.float32(0.5) ** np.arange(shape[-1], dtype=np.float32)
+    return jax.random.normal(key, shape) * decay.reshape(*[1] * (len(shape) - 1), -1)
+
+
+def empty(*shape):
+    return jnp.zeros(shape), jnp.zeros(shape[:-2], jnp.int32)
+
+
+def projector(basis):
+    return np.asarray(basis) @ np.asarray(basis).T
+
+
+def test_growth_follows_the_rule_over_three_tasks():
+    memory, count = empty(20, 16)
+    expected = np.zeros((20, 0))
+    for task, threshold in enumerate((0.9, 0.95, 0.9)):
+        gradient = steep(jax.random.key(task), (20, 12))
+        added = gpm_rule(expected, gradient, threshold)
+        expected = np.concatenate([expected, added], axis=1)
+        memory, count = lora.grow_memory(memory, count, gradient, threshold)
+        assert int(count) == expected.shape[1] > 0
+        np.testing.assert_allclose(
+            projector(memory), projector(expected), atol=1e-5, rtol=0
+        )
+        used = np.eye(16) * (np.arange(16) < int(count))
+        np.testing.assert_allclose(memory.T @ memory, used, atol=2e-6, rtol=0)
+
+
+def test_what_the_memory_holds_counts_towards_the_threshold():
+    gradient = steep(jax.random.key(0), (10, 6))
+    memory, count = lora.grow_memory(*empty(10, 8), gradient, 0.95)
+    again, more = lora.grow_memory(memory, count, gradient, 0.95)
+    assert int(more) == int(count)
+    np.testing.assert_array_equal(again, memory)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_a_gradient_without_direction_adds_nothing(value):
+    memory, count = lora.grow_memory(
+        *empty(10, 8), steep(jax.random.key(0), (10, 6)), 0.9
+    )
+    again, more = lora.grow_memory(memory, count, jnp.full((10, 6), value), 0.9)
+    assert int(more) == int(count)
+    np.testing.assert_array_equal(again, memory)
+
+
+def test_threshold_zero_adds_nothing_and_one_adds_the_rank():
+    gradient = steep(jax.random.key(0), (10, 3))
+    assert int(lora.grow_memory(*empty(10, 8), gradient, 0.0)[1]) == 0
+    assert int(lora.grow_memory(*empty(10, 8), gradient, 1.0)[1]) == 3
+
+
+def test_scale_of_the_gradient_does_not_matter():
+    gradient = steep(jax.random.key(0), (10, 6))
+    small = lora.grow_memory(*empty(10, 8), 1e-25 * gradient, 0.9)
+    large = lora.grow_memory(*empty(10, 8), gradient, 0.9)
+    assert int(small[1]) == int(large[1]) > 0
+    np.testing.assert_allclose(projector(small[0]), projector(large[0]), atol=1e-5)
+
+
+def test_a_full_memory_keeps_the_strongest_directions():
+    gradient = jnp.diag(jnp.array([3.0, 2.0, 1.0, 0.5]))
+    memory, count = lora.grow_memory(*empty(4, 2), gradient, 1.0)
+    assert int(count) == 2
+    np.testing.assert_allclose(projector(memory), np.diag([1.0, 1, 0, 0]), atol=1e-6)
+    assert int(_memory.missing_columns(*empty(4, 2)[:1], gradient, 1.0)) == 4
+
+
+def test_stacked_layers_grow_as_each_by_itself():
+    gradient = (
+        steep(jax.random.key(3), (3, 10, 6)) * jnp.array([1.0, 5.0, 0.0])[:, None, None]
+    )
+    stacked = lora.grow_memory(*empty(3, 10, 8), gradient, 0.9)
+    for i in range(3):
+        single = lora.grow_memory(*empty(10, 8), gradient[i], 0.9)
+        assert int(stacked[1][i]) == int(single[1])
+        np.testing.assert_allclose(
+            projector(stacked[0][i]), projector(single[0]), atol=1e-5
+        )
+
+
+class Setting:
+    """A linear layer and data whose last batch is ragged."""
+
+    def __init__(self):
+        self.params = {"kernel": jax.random.normal(jax.random.key(0), (5, 3))}
+        self.targets = lora.targets(self.params, {"kernel": 2}, alpha=2.0)
+        x = jax.random.normal(jax.random.key(1), (7, 5))
+        y = jax.random.normal(jax.random.key(2), (7, 3))
+        self.batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+        self.data = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        self.adapters = lora.eblora_init(self.targets, {"kernel": jnp.ones((5, 3))})
+
+        def losses(given, batch):
+            adapters, params = given
+            merged = lora.merge(self.targets, params, adapters)
+            return jnp.sum((batch[0] @ merged["kernel"] - batch[1]) ** 2, axis=-1) / 2
+
+        self.task = optax_cl.Task(loss=losses)
+
+    def residual(self):
+        x, y = self.data
+        merged = lora.merge(self.targets, self.params, self.adapters)["kernel"]
+        return x, x @ np.asarray(merged, np.float64) - y
+
+    def run(self, statistic, **kwargs):
+        tx = lora.eblora(
+            optax.sgd(0.1), targets=self.targets, memory_rank=3, statistic=statistic
+        )
+        return optax_cl.collect(
+            tx.init(self.adapters),
+            self.adapters,
+            self.batches,
+            task=self.task,
+            key=jax.random.key(0),
+            **kwargs,
+        )
+
+
+def test_the_pass_gives_the_mean_gradient_at_the_adapted_weights():
+    setting = Setting()
+    x, residual = setting.residual()
+    (result,) = setting.run("mean", frozen=setting.params).results.values()
+    np.testing.assert_allclose(result["kernel"], x.T @ residual / 7, rtol=1e-5)
+
+
+def test_the_pass_over_batches_gives_a_factor_of_their_gram():
+    setting = Setting()
+    x, residual = setting.residual()
+    (result,) = setting.run("batches", frozen=setting.params).results.values()
+    sums = [x[:4].T @ residual[:4], x[4:].T @ residual[4:]]
+    factor = np.asarray(result["kernel"])
+    np.testing.assert_allclose(
+        factor @ factor.T, sum(g @ g.T for g in sums), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_collect_without_the_frozen_weights_says_what_to_pass():
+    with pytest.raises(ValueError, match="frozen=params"):
+        Setting().run("mean")
+
+
+def test_the_reader_finds_memories_by_kernel():
+    setting = Setting()
+    tx = optax.apply_if_finite(
+        lora.eblora(optax.sgd(0.1), targets=setting.targets, memory_rank=9), 3
+    )
+    found = lora.memory(tx.init(setting.adapters))
+    # V of rank 2 keeps its place in 5 dimensions.
+    assert {path: m.shape for path, m in found.items()} == {"kernel": (5, 3)}
+    assert lora.memory(optax.sgd(0.1).init(setting.adapters)) == {}
