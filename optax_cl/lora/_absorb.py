@@ -240,11 +240,13 @@ def check_svd(svd: str) -> None:
     checks.check_choice("svd", svd, ("auto", "exact", "randomized"))
 
 
-def per_target(targets: Targets, function: Any, *trees: Mapping[str, Any]) -> Adapters:
-    """One adapter a target: ``function(target, *what the trees hold for it)``."""
+def per_target(
+    targets: Targets, function: Any, *matrices: Mapping[str, Any]
+) -> Adapters:
+    """One adapter a target: ``function(target, *its entries)``."""
 
     def one(path: str, target: Target):
-        return function(target, *(tree[path] for tree in trees))
+        return function(target, *(each[path] for each in matrices))
 
     return {path: one(path, target) for path, target in targets.items()}
 

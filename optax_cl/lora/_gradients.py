@@ -60,9 +60,10 @@ def mean_gradients(
         one number an example, or a gradient is not finite (outside jit; with its path).
 
     Cost. Time: one forward and backward pass a batch. Memory beside the parameters and
-    activations: the sums, one float32 copy of the targeted kernels; each kernel's
-    gradient is added to its sum as the backward pass makes it. For less, call it with
-    a part of the targets at a time.
+    activations: the sums, one float32 copy of the targeted kernels, updated in place;
+    a kernel's gradient is added to its sum as soon as the backward pass has it, which
+    for layers in one scan is a further copy, at its end. For less, call it for a part
+    of the targets at a time.
 
     Example:
       >>> import jax.numpy as jnp

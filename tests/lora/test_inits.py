@@ -1,6 +1,7 @@
 """The other starts of adapters, and what all of them share."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -284,3 +285,13 @@ def test_every_start_works_under_jit():
             strict=True,
         ):
             np.testing.assert_allclose(x, y, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_a_start_lowers_for_every_platform(svd):
+    chosen, params, g = case()
+
+    def start(params, g):
+        return lora.slice_init(chosen, params, g, g, svd=svd)
+
+    jax.export.export(jax.jit(start), platforms=["cpu", "cuda", "tpu"])(params, g)
