@@ -1,8 +1,9 @@
-"""The arms of the adapter study: what is trained, where it starts, what protects.
+"""The arms of the adapter studies: what is trained, where it starts, what protects.
 
 Arms of one family share one compilation: numbers and starts are traced.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,15 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.studies import _lora_data as data
 from optax_cl import lora
-
-RANK = 8
-MEMORY = {"layer0": 64, "layer1": 96, "layer2": 96}  # columns kept for old gradients
-# What the gradient-based starts read: 8 batches of 16 of each task.
-START_EXAMPLES = 128
-# A fifth of a task: what the directions of EBLoRA and the memory are taken from.
-MEMORY_EXAMPLES = 240
 
 
 class Arm(NamedTuple):
@@ -57,8 +50,8 @@ class Started(NamedTuple):
 
     params: chex.ArrayTree  # frozen from here on
     adapters: lora.Adapters
-    open: chex.Array  # float32 [layers], whether the surgery's gate was open
-    cosine: chex.Array  # float32 [layers], of the task's gradient to the old tasks'
+    open: chex.Array  # float32 [matrices], whether the surgery's gate was open
+    cosine: chex.Array  # float32 [matrices], of the task's gradient to the old tasks'
 
 
 class Given(NamedTuple):
@@ -68,7 +61,7 @@ class Given(NamedTuple):
     gradients: dict[str, chex.Array]  # of the new task
     reference: dict[str, chex.Array]  # mean over the old tasks; zero for the first
     conflicts: chex.Array  # bool [], false for the first task
-    memory: dict[str, chex.Array]  # empty where the family has none
+    memory: dict[str, chex.Array] | None  # where the family has one
     key: chex.PRNGKey
 
 
@@ -76,17 +69,19 @@ class Family(NamedTuple):
     """What one compilation runs."""
 
     name: str
-    targets: Callable[[chex.ArrayTree], lora.Targets]
-    # (targets, lane) -> optimizer of the adapters
-    optimizer: Callable[[lora.Targets, Lane], optax.GradientTransformationExtraArgs]
+    # (targets, lane, memory columns by path) -> optimizer of the adapters
+    optimizer: Callable[..., optax.GradientTransformationExtraArgs]
     # (targets, lane, given) -> Started
     start: Callable[[lora.Targets, Lane, Given], Started]
+    # Scale and ranks of the papers that compare starts.
+    surgical: bool = False
     # Half of each batch is from old tasks.
     replay: bool = False
     # An adapter for each task, picked by the task's number.
     separate: bool = False
 
 
+CAPACITY = 8  # tasks that O-LoRA remembers
 STARTS = (
     "lora",
     "orthogonal",
@@ -100,49 +95,41 @@ STARTS = (
 )
 
 
-def _plain_targets(params):
-    return lora.targets(params, {"kernel": RANK}, alpha=2.0 * RANK)
-
-
-def _rslora_targets(params):
-    # Two disjoint blocks of directions must fit beside each other in the last kernel.
-    ranks = {"layer2/kernel": data.CLASSES // 2, "kernel": RANK}
-    return lora.targets(params, ranks, alpha=2.0, rslora=True)
-
-
 def _adam(rate):
     return optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(rate))
 
 
-def _olora(targets, lane):
+def _plain(targets, lane, memory):
+    return _adam(lane.rate)
+
+
+def _olora(targets, lane, memory):
     return optax.chain(
-        lora.olora(lane.strength, capacity=data.TASKS, overflow="oldest"),
+        lora.olora(lane.strength, capacity=CAPACITY, overflow="oldest"),
         _adam(lane.rate),
     )
 
 
-def _olora_project(targets, lane):
+def _olora_project(targets, lane, memory):
     return optax.chain(
-        _adam(lane.rate), lora.olora_project(capacity=data.TASKS, overflow="oldest")
+        _adam(lane.rate), lora.olora_project(capacity=CAPACITY, overflow="oldest")
     )
 
 
-def _frozen_a(targets, lane):
+def _frozen_a(targets, lane, memory):
     return optax.chain(
-        lora.frozen_a(
-            targets=targets, memory_rank=_memory(targets), threshold=lane.threshold
-        ),
+        lora.frozen_a(targets=targets, memory_rank=memory, threshold=lane.threshold),
         _adam(lane.rate),
     )
 
 
 def _eblora(metric):
-    def optimizer(targets, lane):
+    def optimizer(targets, lane, memory):
         return lora.eblora(
             _adam(lane.rate),
             _adam(lane.rate),
             targets=targets,
-            memory_rank=_memory(targets),
+            memory_rank=memory,
             threshold=lane.threshold,
             metric=metric,
             step_multiplier=lane.multiplier,
@@ -151,22 +138,23 @@ def _eblora(metric):
     return optimizer
 
 
-def _memory(targets):
-    return {path: MEMORY[path.split("/")[0]] for path in targets}
+def matrices(targets: lora.Targets) -> int:
+    """How many kernels are adapted, those of a stack counted one by one."""
+    return sum(math.prod(t.matrix_shape[:-2]) for t in targets.values())
 
 
-def _quiet(params, adapters):
-    nothing = jnp.zeros([len(adapters)], jnp.float32)
+def _quiet(targets, params, adapters):
+    nothing = jnp.zeros([matrices(targets)], jnp.float32)
     return Started(params, adapters, nothing, nothing)
 
 
 def _lora_start(targets, lane, given):
-    return _quiet(*lora.lora_init(targets, given.params, given.key)[:2])
+    return _quiet(targets, *lora.lora_init(targets, given.params, given.key)[:2])
 
 
 def _frozen_start(targets, lane, given):
     adapters = lora.frozen_a_init(targets, given.gradients, given.memory)
-    return _quiet(given.params, adapters)
+    return _quiet(targets, given.params, adapters)
 
 
 def _eblora_start(diagonal):
@@ -179,27 +167,36 @@ def _eblora_start(diagonal):
                 path: a._replace(s=jnp.repeat(a.s[..., None], a.v.shape[-1], axis=-1))
                 for path, a in adapters.items()
             }
-        return _quiet(given.params, adapters)
+        return _quiet(targets, given.params, adapters)
 
     return start
+
+
+def flat(tree: dict[str, chex.Array]) -> chex.Array:
+    """One number per matrix, by path, as ``[matrices]``."""
+    parts = [jnp.ravel(tree[path]).astype(jnp.float32) for path in sorted(tree)]
+    return jnp.concatenate(parts)
 
 
 def view(lane: Lane, adapters: lora.Adapters) -> lora.Adapters:
     """The adapters as the network uses them: with the arm's spectrum."""
 
     def one(adapter):
-        if not isinstance(adapter, lora.Spectral) or adapter.s.ndim == 1:
+        if (
+            not isinstance(adapter, lora.Spectral)
+            or adapter.s.ndim == adapter.v.ndim - 1
+        ):
             return adapter
         weights = lane.decay ** jnp.arange(adapter.v.shape[-1], dtype=jnp.float32)
         weights = weights / jnp.sqrt(jnp.mean(weights**2))  # the same Frobenius norm
-        return adapter._replace(s=adapter.s * weights)
+        return adapter._replace(s=adapter.s[..., None] * weights)
 
     return {path: one(a) for path, a in adapters.items()}
 
 
 def _surgical_start(targets, lane, given):
     def plain(init):
-        return lambda: _quiet(*init()[:2])
+        return lambda: _quiet(targets, *init()[:2])
 
     def surgery(granularity, gate="conflict"):
         def run():
@@ -213,11 +210,8 @@ def _surgical_start(targets, lane, given):
                 gate=gate,
             )
             d = started.diagnostics
-            stack = lambda tree: jnp.stack(  # noqa: E731
-                [jnp.asarray(tree[path], jnp.float32) for path in sorted(targets)]
-            )
             return Started(
-                started.params, started.adapters, stack(d.gate_open), stack(d.cosine)
+                started.params, started.adapters, flat(d.gate_open), flat(d.cosine)
             )
 
         return run
@@ -241,17 +235,15 @@ def _surgical_start(targets, lane, given):
 FAMILIES = {
     f.name: f
     for f in (
-        Family("lora", _plain_targets, _olora, _lora_start),
-        Family("olora-project", _plain_targets, _olora_project, _lora_start),
-        Family("frozen-a", _plain_targets, _frozen_a, _frozen_start),
-        Family("eblora", _plain_targets, _eblora("euclidean"), _eblora_start(False)),
-        Family("canonical", _plain_targets, _eblora("canonical"), _eblora_start(False)),
-        Family("diagonal", _plain_targets, _eblora("euclidean"), _eblora_start(True)),
-        Family("replay", _plain_targets, _olora, _lora_start, replay=True),
-        Family("separate", _plain_targets, _olora, _lora_start, separate=True),
-        Family(
-            "starts", _rslora_targets, lambda t, lane: _adam(lane.rate), _surgical_start
-        ),
+        Family("lora", _olora, _lora_start),
+        Family("olora-project", _olora_project, _lora_start),
+        Family("frozen-a", _frozen_a, _frozen_start),
+        Family("eblora", _eblora("euclidean"), _eblora_start(False)),
+        Family("canonical", _eblora("canonical"), _eblora_start(False)),
+        Family("diagonal", _eblora("euclidean"), _eblora_start(True)),
+        Family("replay", _olora, _lora_start, replay=True),
+        Family("separate", _olora, _lora_start, separate=True),
+        Family("starts", _plain, _surgical_start, surgical=True),
     )
 }
 _BOTH = ("pixels", "labels")
@@ -293,14 +285,17 @@ ARMS = _arms()
 
 
 def make_lanes(
-    chosen: list[tuple[Arm, str]], rates: tuple[float, ...], seeds: tuple[int, ...]
+    chosen: list[tuple[Arm, str]],
+    streams: tuple[str, ...],
+    rates: tuple[float, ...],
+    seeds: tuple[int, ...],
 ) -> Any:
     """All (arm, stream), rates and seeds, in this order of axes, as one tree."""
     lanes = [
         Lane(
             seed=np.int32(seed),
             problem=np.int32(index),
-            stream=np.int32(data.STREAMS.index(stream)),
+            stream=np.int32(streams.index(stream)),
             rate=np.float32(rate),
             start=np.int32(STARTS.index(arm.start)),
             strength=np.float32(arm.strength),

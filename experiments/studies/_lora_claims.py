@@ -13,12 +13,16 @@ _SLICE = "SLICE, arXiv 2605.12752"
 _Of = dict[str, ArmResults]
 
 
-def claims(loaded: dict[str, _Of]) -> list[Claim]:
-    """The claims table of a run, of those rows whose arms were run."""
+def claims(loaded: dict[str, _Of], base_higher: bool) -> list[Claim]:
+    """The claims table of a run, of those rows whose arms were run.
+
+    Args:
+      loaded: Results by stream and arm; the first stream is the main one.
+      base_higher: Whether a higher base measure is better.
+    """
     rows: list[Claim | None] = []
-    if "pixels" in loaded:
-        of = loaded["pixels"]
-        rows += [_steep(of), *_geometry(of), *_controls(of)]
+    for of in list(loaded.values())[:1]:
+        rows += [_steep(of), *_geometry(of, base_higher), *_controls(of)]
     for stream, of in loaded.items():
         rows += _surgery(of, stream)
     return [row for row in rows if row is not None]
@@ -41,7 +45,8 @@ def _steep(of):
     )
 
 
-def _geometry(of):
+def _geometry(of, base_higher):
+    sign = 1.0 if base_higher else -1.0
     return [
         _pair(
             of,
@@ -82,8 +87,8 @@ def _geometry(of):
             "EBLoRA keeps abilities from before the sequence (forward forgetting)",
             _EBLORA,
             ("EBLoRA", "LoRA"),
-            "base task accuracy",
-            lambda m: m.base,
+            "what was known before" if base_higher else "loss on general text, negated",
+            lambda m: sign * m.base,
         ),
         _pair(
             of,

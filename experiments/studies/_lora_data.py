@@ -1,4 +1,4 @@
-"""Pixel-permuted digits, and a network that has learnt the upright ones.
+"""Pixel-permuted digits for adapters, and a network that has learnt the upright ones.
 
 The base task are scikit-learn's 8x8 digits as they are. Each of five later tasks
 exchanges a random 40 of the 64 pixels among themselves, so that a network trained on
@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from experiments.studies._lora_program import Bench
+from optax_cl import lora
 
 TASKS, CLASSES, PIXELS = 5, 10, 64
 MOVED = 40  # pixels that a task exchanges
@@ -56,11 +59,54 @@ def logits(params: chex.ArrayTree, images: chex.Array) -> chex.Array:
     return x
 
 
-def losses(params: chex.ArrayTree, batch: dict[str, chex.Array]) -> chex.Array:
-    """Cross-entropy of each example, ``[B]``."""
+def _cross_entropy(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(
         logits(params, batch["x"]), batch["y"]
     )
+
+
+def _base(data, lane):
+    return jax.tree.map(lambda x: x[lane.problem], data.base)
+
+
+def _losses(data, lane, params, batch, targets, adapters):
+    del data, lane
+    if adapters is not None:
+        params = lora.merge(targets, params, adapters)
+    return _cross_entropy(params, batch)
+
+
+def _first(data, lane, task, count):
+    return {
+        "x": data.images[lane.problem, task + 1, :count],
+        "y": data.labels[lane.problem, lane.stream, task + 1, :count],
+    }
+
+
+def _draw(data, lane, tasks, key):
+    which = jax.random.randint(key, tasks.shape, 0, TRAIN)
+    return {
+        "x": data.images[lane.problem, tasks + 1, which],
+        "y": data.labels[lane.problem, lane.stream, tasks + 1, which],
+    }
+
+
+def _evaluate(data, lane, params, targets, stack):
+    images = data.images[lane.problem, :, TRAIN:]
+    labels = data.labels[lane.problem, lane.stream, :, TRAIN:]
+
+    def accuracy(params, images, labels):
+        return (logits(params, images).argmax(-1) == labels).mean()
+
+    def one(adapters, images, labels):
+        return accuracy(lora.merge(targets, params, adapters), images, labels)
+
+    base = accuracy(params, images[0], labels[0])
+    if stack is None:
+        right = jax.vmap(accuracy, (None, 0, 0))(params, images[1:], labels[1:])
+    else:
+        right = jax.vmap(one)(stack, images[1:], labels[1:])
+    return {"accuracy": right, "base": base}
 
 
 @functools.cache
@@ -112,7 +158,7 @@ def _train_base(images, labels, seeds):
             draw = jax.random.fold_in(jax.random.fold_in(key, 1), index)
             which = jax.random.randint(draw, [_BASE_BATCH], 0, TRAIN)
             batch = {"x": images[which], "y": labels[which]}
-            grads = jax.grad(lambda p: losses(p, batch).mean())(params)
+            grads = jax.grad(lambda p: _cross_entropy(p, batch).mean())(params)
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -123,3 +169,22 @@ def _train_base(images, labels, seeds):
 
     # One after another: a seed's network must not depend on which others are made.
     return jax.lax.map(lambda args: train(*args), (images, labels, seeds))
+
+
+RANK = 8
+BENCH = Bench(
+    tasks=TASKS,
+    batch=64,
+    ranks={"kernel": RANK},
+    # Two disjoint blocks of directions must fit beside each other in the last kernel.
+    surgical_ranks={"layer2/kernel": CLASSES // 2, "kernel": RANK},
+    matrices=None,
+    memory=lambda path: 56 if path.startswith("layer0") else 96,
+    start_examples=128,
+    memory_examples=256,
+    base=_base,
+    losses=_losses,
+    first=_first,
+    draw=_draw,
+    evaluate=_evaluate,
+)

@@ -6,7 +6,8 @@ new adapters (and may move part of the weights into them). It ends at the bounda
 memories are consolidated and the adapters are merged into the weights.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -16,12 +17,46 @@ import optax
 import optax_cl
 from experiments.engine import Program
 from experiments.studies import _lora_arms as arms
-from experiments.studies import _lora_data as data
 from optax_cl import lora
 
-BATCH = 64
 # Streams of random numbers within one seed.
 _BATCHES, _STARTS, _OLD = range(3)
+
+
+class Bench(NamedTuple):
+    """A model and the tasks it has to learn.
+
+    Attributes:
+      tasks: How many.
+      batch: Examples in a batch.
+      ranks: Pattern to rank of the kernels that get adapters.
+      surgical_ranks: The same for starts that need two blocks of directions.
+      matrices: How leaves are read as matrices.
+      memory: Path to the most directions of old gradients that are kept.
+      start_examples: How many examples of each task the gradient starts read.
+      memory_examples: What EBLoRA's directions and the memories are taken from.
+      base: ``(data, lane) -> params``, with the adapted kernels among them.
+      losses: ``(data, lane, params, batch, targets, adapters) -> [B]``; the last two
+        are None for the bare weights.
+      first: ``(data, lane, task, count) -> batch``, the same examples in each call.
+      draw: ``(data, lane, tasks [B], key) -> batch``, training examples of each task.
+      evaluate: ``(data, lane, params, targets, stack) -> {name: array}``; with a stack,
+        every task is evaluated with the adapter of its own.
+    """
+
+    tasks: int
+    batch: int
+    ranks: Mapping[str, int]
+    surgical_ranks: Mapping[str, int]
+    matrices: Any
+    memory: Callable[[str], int]
+    start_examples: int
+    memory_examples: int
+    base: Callable[..., chex.ArrayTree]
+    losses: Callable[..., chex.Array]
+    first: Callable[..., Any]
+    draw: Callable[..., Any]
+    evaluate: Callable[..., dict[str, chex.Array]]
 
 
 class Carry(NamedTuple):
@@ -33,56 +68,83 @@ class Carry(NamedTuple):
     stack: lora.Adapters | None  # one adapter per task, leading axis [tasks]
 
 
-def make_program(family: arms.Family, steps: int) -> Program:
+def make_program(bench: Bench, family: arms.Family, steps: int) -> Program:
     """The engine's functions for all arms of one family."""
 
     def targets_of(params):
-        return family.targets(params)
+        if family.surgical:
+            return lora.targets(
+                params,
+                bench.surgical_ranks,
+                alpha=2.0,
+                rslora=True,
+                matrices=bench.matrices,
+            )
+        rank = max(bench.ranks.values())
+        return lora.targets(
+            params, bench.ranks, alpha=2.0 * rank, matrices=bench.matrices
+        )
 
-    def loss(targets, lane, adapters, params, batch):
+    def optimizer(targets, lane):
+        memory = {path: bench.memory(path) for path in targets}
+        return family.optimizer(targets, lane, memory)
+
+    def losses(data, lane, targets, adapters, params, batch):
         used = arms.view(lane, adapters)
-        return data.losses(lora.merge(targets, params, used), batch)
+        return bench.losses(data, lane, params, batch, targets, used)
 
-    def init(everything, lane):
-        params = jax.tree.map(lambda x: x[lane.problem], everything.base)
+    def gradient(data, lane, targets, params, task, count):
+        batch = bench.first(data, lane, task, count)
+        return lora.mean_gradients(
+            targets,
+            lambda params, batch: bench.losses(data, lane, params, batch, None, None),
+            params,
+            _stacked(batch, bench.batch),
+            stacked=True,
+        )
+
+    def init(data, lane):
+        params = bench.base(data, lane)
         targets = targets_of(params)
         zeros = _zero_gradients(targets)
         given = arms.Given(
             params,
             # A start from a gradient needs one; what it makes here is never trained.
-            jax.tree.map(lambda g: g + jnp.eye(*g.shape), zeros),
+            {path: g + jnp.eye(*g.shape[-2:]) for path, g in zeros.items()},
             zeros,
             jnp.zeros([], bool),
-            {},
+            None,
             jax.random.key(0),
         )
         adapters = family.start(targets, lane, given).adapters
-        opt_state = family.optimizer(targets, lane).init(adapters)
+        opt_state = optimizer(targets, lane).init(adapters)
         stack = None
         if family.separate:
             zero = jax.tree.map(jnp.zeros_like, adapters)
-            stack = jax.tree.map(lambda x: jnp.stack([x] * data.TASKS), zero)
+            stack = jax.tree.map(lambda x: jnp.stack([x] * bench.tasks), zero)
         return Carry(params, adapters, opt_state, stack)
 
-    def begin(everything, lane, carry, task):
+    def begin(data, lane, carry, task):
         targets = targets_of(carry.params)
-        size = arms.START_EXAMPLES
-        gradients = _gradient(
-            targets, carry.params, _first(everything, lane, task + 1, _needed(family))
-        )
+        needed = bench.start_examples if family.surgical else bench.memory_examples
+        gradients = gradient(data, lane, targets, carry.params, task, needed)
         reference = _zero_gradients(targets)
-        if family.name == "starts":
-            for old in range(data.TASKS - 1):
-                batch = _first(everything, lane, jnp.int32(old + 1), size)
+        if family.surgical:
+
+            def add(total, old):
+                g = gradient(
+                    data, lane, targets, carry.params, old, bench.start_examples
+                )
                 weight = jnp.where(old < task, 1.0 / jnp.maximum(task, 1), 0.0)
-                g = _gradient(targets, carry.params, batch)
-                reference = jax.tree.map(lambda r, x, w=weight: r + w * x, reference, g)
+                return jax.tree.map(lambda r, x: r + weight * x, total, g), None
+
+            reference, _ = jax.lax.scan(add, reference, jnp.arange(bench.tasks - 1))
         given = arms.Given(
             carry.params,
             gradients,
             reference,
             task > 0,
-            lora.memory(carry.opt_state),
+            lora.memory(carry.opt_state) or None,
             _key(lane, _STARTS, task),
         )
         started = family.start(targets, lane, given)
@@ -99,39 +161,45 @@ def make_program(family: arms.Family, steps: int) -> Program:
             started.cosine,
         )
 
-    def step(everything, lane, carry, task, index):
-        nothing = jnp.zeros([len(carry.adapters)], jnp.float32)
+    def step(data, lane, carry, task, index):
+        targets = targets_of(carry.params)
+        nothing = jnp.zeros([arms.matrices(targets)], jnp.float32)
         carry, opened, cosine = jax.lax.cond(
             index == 0,
-            lambda c: begin(everything, lane, c, task),
+            lambda c: begin(data, lane, c, task),
             lambda c: (c, nothing, nothing),
             carry,
         )
-        targets = targets_of(carry.params)
-        batch = _draw(everything, lane, task, index, family.replay)
+        source = jnp.full([bench.batch], task)
+        if family.replay:
+            old = jax.random.randint(
+                _key(lane, _OLD, task, index), [bench.batch], 0, task
+            )
+            second_half = jnp.arange(bench.batch) >= bench.batch // 2
+            source = jnp.where(second_half & (task > 0), old, source)
+        batch = bench.draw(data, lane, source, _key(lane, _BATCHES, task, index))
 
         def objective(adapters):
-            return loss(targets, lane, adapters, carry.params, batch).mean()
+            return losses(data, lane, targets, adapters, carry.params, batch).mean()
 
         value, grads = jax.value_and_grad(objective)(carry.adapters)
-        updates, opt_state = family.optimizer(targets, lane).update(
+        updates, opt_state = optimizer(targets, lane).update(
             grads, carry.opt_state, carry.adapters
         )
         adapters = optax.apply_updates(carry.adapters, updates)
         carry = carry._replace(adapters=adapters, opt_state=opt_state)
         return carry, {"loss": value, "open": opened, "cosine": cosine}
 
-    def boundary(everything, lane, carry, task):
+    def boundary(data, lane, carry, task):
         targets = targets_of(carry.params)
-        # The loss of a lane closes over its traced numbers, so it can't be cached.
         ended = optax_cl.Task(
-            loss=lambda both, batch: loss(targets, lane, both[0], both[1], batch)
+            loss=lambda both, batch: losses(data, lane, targets, *both, batch)
         )
-        batch = _first(everything, lane, task + 1, arms.MEMORY_EXAMPLES)
+        batch = bench.first(data, lane, task, bench.memory_examples)
         statistics = optax_cl.collect(
             carry.opt_state,
             carry.adapters,
-            jax.tree.map(lambda x: x[None], batch),
+            _stacked(batch, bench.batch),
             stacked=True,
             task=ended,
             frozen=carry.params,
@@ -139,8 +207,10 @@ def make_program(family: arms.Family, steps: int) -> Program:
         )
         opt_state = optax_cl.end_task(carry.opt_state, carry.adapters, statistics)
         used = arms.view(lane, carry.adapters)
-        recorded = _spectra(targets, used)
-        recorded["memory"] = _memory_columns(targets, opt_state)
+        recorded = {
+            "singular": _spectra(targets, used),
+            "memory": _memory_columns(targets, opt_state),
+        }
         stack, params = carry.stack, carry.params
         if family.separate:
             stack = jax.tree.map(lambda s, x: s.at[task].set(x), stack, used)
@@ -148,60 +218,21 @@ def make_program(family: arms.Family, steps: int) -> Program:
             params = lora.merge(targets, carry.params, used)
         return Carry(params, carry.adapters, opt_state, stack), recorded
 
-    def evaluate(everything, lane, carry):
+    def evaluate(data, lane, carry):
         targets = targets_of(carry.params)
-        images = everything.images[lane.problem, :, data.TRAIN :]
-        labels = everything.labels[lane.problem, lane.stream, :, data.TRAIN :]
+        return bench.evaluate(data, lane, carry.params, targets, carry.stack)
 
-        def accuracy(params, images, labels):
-            return (data.logits(params, images).argmax(-1) == labels).mean()
-
-        if not family.separate:
-            right = jax.vmap(accuracy, in_axes=(None, 0, 0))(
-                carry.params, images, labels
-            )
-            return {"accuracy": right[1:], "base": right[0]}
-
-        def one(adapters, images, labels):
-            params = lora.merge(targets, carry.params, adapters)
-            return accuracy(params, images, labels)
-
-        right = jax.vmap(one)(carry.stack, images[1:], labels[1:])
-        return {"accuracy": right, "base": accuracy(carry.params, images[0], labels[0])}
-
-    return Program(family.name, data.TASKS, steps, init, step, boundary, evaluate)
+    return Program(family.name, bench.tasks, steps, init, step, boundary, evaluate)
 
 
-def _needed(family):
-    """How many examples the start's gradient is the mean of."""
-    return arms.START_EXAMPLES if family.name == "starts" else arms.MEMORY_EXAMPLES
+def _stacked(batch, size):
+    """Examples as equal batches, ``[batches, size, ...]``; what is left over goes."""
 
+    def stack(x):
+        count = max(1, len(x) // size)
+        return x[: count * size].reshape(count, -1, *x.shape[1:])
 
-def _first(everything, lane, task, count):
-    """The first training examples of a task (0 is the base task)."""
-    return {
-        "x": everything.images[lane.problem, task, :count],
-        "y": everything.labels[lane.problem, lane.stream, task, :count],
-    }
-
-
-def _draw(everything, lane, task, index, replay):
-    key = _key(lane, _BATCHES, task, index)
-    which = jax.random.randint(key, [BATCH], 0, data.TRAIN)
-    source = jnp.full([BATCH], task + 1)
-    if replay:
-        old = jax.random.randint(_key(lane, _OLD, task, index), [BATCH], 1, task + 1)
-        second_half = jnp.arange(BATCH) >= BATCH // 2
-        source = jnp.where(second_half & (task > 0), old, source)
-    return {
-        "x": everything.images[lane.problem, source, which],
-        "y": everything.labels[lane.problem, lane.stream, source, which],
-    }
-
-
-def _gradient(targets, params, batch):
-    stacked = jax.tree.map(lambda x: x[None], batch)
-    return lora.mean_gradients(targets, data.losses, params, stacked, stacked=True)
+    return jax.tree.map(stack, batch)
 
 
 def _zero_gradients(targets):
@@ -209,26 +240,27 @@ def _zero_gradients(targets):
 
 
 def _memory_columns(targets, opt_state):
-    """How many directions each memory holds, ``[layers]``."""
+    """How many directions each memory holds, ``[matrices]``."""
     memory = lora.memory(opt_state)
-    return jnp.stack(
-        [
-            jnp.sum(jnp.any(memory[path] != 0, axis=0))
-            if path in memory
-            else jnp.zeros([], jnp.int32)
-            for path in sorted(targets)
-        ]
-    )
+    used = {
+        path: jnp.sum(jnp.any(memory[path] != 0, axis=-2), axis=-1)
+        if path in memory
+        else jnp.zeros(target.matrix_shape[:-2])
+        for path, target in targets.items()
+    }
+    return arms.flat(used)
 
 
 def _spectra(targets, adapters):
-    """Singular values of each layer's update, ``[layers, rank]``, largest first."""
+    """Singular values of each matrix's update, ``[matrices, rank]``, largest first."""
+    rank = max(target.rank for target in targets.values())
     values = []
     for path in sorted(targets):
-        update = targets[path].scale * lora.product(adapters[path])
-        s = jnp.linalg.svd(update, compute_uv=False)[: arms.RANK]
-        values.append(jnp.pad(s, (0, arms.RANK - len(s))))
-    return {"singular": jnp.stack(values)}
+        spectral = lora.to_spectral({path: adapters[path]})[path]
+        s = jnp.abs(targets[path].scale * spectral.s)
+        s = -jnp.sort(-s, axis=-1).reshape(-1, s.shape[-1])
+        values.append(jnp.pad(s, ((0, 0), (0, rank - s.shape[-1]))))
+    return jnp.concatenate(values)
 
 
 def _key(lane, stream, *indices):

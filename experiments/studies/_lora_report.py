@@ -1,71 +1,62 @@
-"""Tables and figures of the adapter study."""
+"""Tables and figures of the adapter studies."""
 
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from experiments import figures, run_folder
+from experiments import figures
 from experiments.report import Figure, Report, Table
 from experiments.studies import _lora_claims as claims
 from experiments.studies import _lora_results as results
 from experiments.studies._lora_results import ArmResults
 from optax_cl import metrics
 
-QUICK = (
-    "LoRA",
-    "frozen A",
-    "EBLoRA",
-    "EBLoRA steep",
-    "EBLoRA no memory",
-    "init LoRA",
-    "init LoRA-GA",
-    "SLICE 1",
-)
-_WORDS = {
-    "pixels": "pixels exchanged",
-    "labels": "pixels exchanged and classes renamed",
-}
+
+class Words(NamedTuple):
+    """What a study calls its parts."""
+
+    streams: dict[str, str]  # what a stream is, by name
+    base: str  # what was known before the sequence
+    base_note: str
+    groups: dict[str, list[int]]  # which matrices are shown together
+    # Whether a higher base is better.
+    base_higher: bool = True
+
+
 _SPECTRA = ("LoRA", "frozen A", "EBLoRA steep", "EBLoRA diagonal", "EBLoRA")
+_SURGICAL = ("slice", "slice global", "slice always")
 _TRADE = ("LoRA", "O-LoRA .1", "frozen A", "EBLoRA steep", "EBLoRA no memory", "EBLoRA")
 
 
-def summarize(folder: Path, config: Any) -> dict:
+def summarize(loaded: dict[str, dict[str, ArmResults]]) -> dict:
     """Every measure of every arm, seed by seed, for ``results.json``."""
     return {
         stream: {
             name: {"rate": r.rates[r.chosen], **r.at_rate._asdict()}
             for name, r in of.items()
         }
-        for stream, of in results.load(folder, config).items()
+        for stream, of in loaded.items()
     }
 
 
-def report(folder: Path, config_class: type) -> Report:
+def report(
+    loaded: dict[str, dict[str, ArmResults]], words: Words, summary: str
+) -> Report:
     """Everything a reader gets to see."""
-    saved = run_folder.read_record(folder)["config"]
-    config = config_class(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    )
-    loaded = {s: of for s, of in results.load(folder, config).items() if of}
     tables, pictures = [], []
     for stream, of in loaded.items():
         trained, starts = _groups(of)
         if trained:
-            tables.append(_table(stream, "methods", "What is trained, how", trained))
-            pictures.append(_trade_figure(stream, trained))
-            pictures.append(_spectra_figure(stream, trained))
+            tables.append(_table(words, stream, "methods", "What is trained", trained))
+            pictures.append(_trade_figure(words, stream, trained))
+            pictures.append(_spectra_figure(words, stream, trained))
         if starts:
-            tables.append(_table(stream, "starts", "Where adapters start", starts))
-            tables += _gate_tables(stream, starts)
-        pictures.append(_difference_figure(stream, of))
-    tuning, reported = results.seeds(config)
-    summary = (
-        f"Accuracies on held-out images, mean and standard error over {len(reported)} "
-        f"seeds. Learning rates were chosen on {len(tuning)} other seeds, from "
-        f"{', '.join(f'{r:g}' for r in config.rates)}."
-    )
-    return Report(tables, pictures, claims.claims(loaded), summary)
+            tables.append(
+                _table(words, stream, "starts", "Where adapters start", starts)
+            )
+            tables += _gate_tables(words, stream, starts)
+        pictures.append(_difference_figure(words, stream, of))
+    return Report(tables, pictures, claims.claims(loaded, words.base_higher), summary)
 
 
 def _groups(of: dict[str, ArmResults]):
@@ -78,7 +69,7 @@ def _cell(values: np.ndarray) -> tuple[float, float]:
     return float(mean), float(error)
 
 
-def _table(stream, kind, title, of):
+def _table(words, stream, kind, title, of):
     control = of.get("LoRA") or of.get("init LoRA")
     rows = []
     for name, r in of.items():
@@ -104,7 +95,7 @@ def _table(stream, kind, title, of):
         )
     return Table(
         f"{kind}-{stream}",
-        f"{title}: {_WORDS[stream]}",
+        f"{title}: {words.streams[stream]}",
         (
             "arm",
             "learning rate",
@@ -114,7 +105,7 @@ def _table(stream, kind, title, of):
             "BWT",
             "MFN at equal AP",
             "FWT",
-            "base task",
+            words.base,
             "top energy",
             "norm",
             "σ₁",
@@ -125,14 +116,14 @@ def _table(stream, kind, title, of):
         "each task. AP: accuracy right after learning a task. BWT: final minus AP, "
         "mean over all tasks but the last. MFN at equal AP: difference to plain LoRA "
         "at the learning rate where it learns as well. FWT: accuracy on tasks not "
-        "trained yet. Top energy: share of the largest singular value of a task's "
-        "update in the sum of squares; norm and σ₁ of the update, mean over kernels "
-        "and tasks. Memory: columns in use at the end, all kernels.",
+        f"trained yet. {words.base_note} Top energy: share of the largest singular "
+        "value of a task's update in the sum of squares; norm and σ₁ of the update, "
+        "mean over kernels and tasks. Memory: columns in use at the end, all kernels.",
     )
 
 
-def _gate_tables(stream, starts):
-    surgical = {n: r for n, r in starts.items() if r.arm.start.startswith("slice")}
+def _gate_tables(words, stream, starts):
+    surgical = {n: r for n, r in starts.items() if r.arm.start in _SURGICAL}
     if not surgical:
         return []
     rows = []
@@ -143,15 +134,15 @@ def _gate_tables(stream, starts):
         rows.append(
             (
                 name,
-                *(_cell(opened[:, i]) for i in range(opened.shape[1])),
-                *(_cell(cosine[:, i]) for i in range(cosine.shape[1])),
+                *(_cell(opened[:, at].mean(1)) for at in words.groups.values()),
+                *(_cell(cosine[:, at].mean(1)) for at in words.groups.values()),
             )
         )
-    names = results.layers()
+    names = tuple(words.groups)
     return [
         Table(
             f"gates-{stream}",
-            f"How often gradients conflict at a task's start: {_WORDS[stream]}",
+            f"How often gradients conflict at a task's start: {words.streams[stream]}",
             (
                 "arm",
                 *(f"gate open, {n}" for n in names),
@@ -164,7 +155,7 @@ def _gate_tables(stream, starts):
     ]
 
 
-def _trade_figure(stream, of):
+def _trade_figure(words, stream, of):
     figure, axes = figures.new()
     shown = [n for n in _TRADE if n in of] or list(of)[:6]
     for i, name in enumerate(shown):
@@ -189,7 +180,7 @@ def _trade_figure(stream, of):
         axes[0, 0],
         "accuracy right after learning (AP)",
         "accuracy at the end (MFN)",
-        f"Learning against keeping, along the learning rates: {_WORDS[stream]}",
+        f"Learning against keeping, along the learning rates: {words.streams[stream]}",
     )
     axes[0, 0].legend(fontsize=8)
     return Figure(
@@ -201,30 +192,30 @@ def _trade_figure(stream, of):
     )
 
 
-def _spectra_figure(stream, of):
+def _spectra_figure(words, stream, of):
     shown = [n for n in _SPECTRA if n in of]
-    figure, axes = figures.new(1, 3, width=9.0, height=3.4)
-    for layer, name in enumerate(results.layers()):
+    figure, axes = figures.new(1, len(words.groups), width=9.0, height=3.4)
+    for column, (name, at) in enumerate(words.groups.items()):
         series = {}
         for arm in shown:
             r = of[arm]
-            # [seeds, tasks, rank] -> each seed's mean over tasks, relative to the sum
-            values = r.singular[r.chosen, r.tuning :, :, layer]
+            # [seeds, tasks, matrices, rank], relative to the sum
+            values = r.singular[r.chosen, r.tuning :][:, :, at]
             share = values / np.maximum(values.sum(-1, keepdims=True), 1e-30)
-            mean, error = figures.mean_and_error(share.mean(1))
+            mean, error = figures.mean_and_error(share.mean((1, 2)))
             series[arm] = (np.arange(1, len(mean) + 1), mean, error)
         figures.lines(
-            axes[0, layer],
+            axes[0, column],
             series,
             x="singular value number",
-            y="share of the sum" if layer == 0 else "share",
+            y="share of the sum" if column == 0 else "share",
             title=name,
             markers=True,
         )
-        if layer and axes[0, layer].get_legend():
-            axes[0, layer].get_legend().remove()
-        elif axes[0, layer].get_legend():
-            axes[0, layer].legend(fontsize=7)
+        if legend := axes[0, column].get_legend():
+            legend.remove()
+    if len(shown) > 1:
+        axes[0, 0].legend(fontsize=7)
     return Figure(
         f"spectra-{stream}",
         "Singular values of a task's update",
@@ -233,7 +224,7 @@ def _spectra_figure(stream, of):
     )
 
 
-def _difference_figure(stream, of):
+def _difference_figure(words, stream, of):
     figure, axes = figures.new(height=4.8)
     trained, starts = _groups(of)
     names, series = [], []
@@ -264,7 +255,7 @@ def _difference_figure(stream, of):
         axes[0, 0],
         "final accuracy minus plain LoRA's (points)",
         "arm",
-        f"Difference at the end: {_WORDS[stream]}",
+        f"Difference at the end: {words.streams[stream]}",
     )
     return Figure(
         f"differences-{stream}",

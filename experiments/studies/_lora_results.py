@@ -1,4 +1,4 @@
-"""What a run of the adapter study measured, arm by arm and seed by seed."""
+"""What a run of an adapter study measured, arm by arm and seed by seed."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +7,6 @@ import numpy as np
 
 from experiments import run_folder
 from experiments.studies import _lora_arms as arms
-from experiments.studies import _lora_data as data
 from optax_cl import metrics
 
 
@@ -18,15 +17,17 @@ class ArmResults(NamedTuple):
     rates: np.ndarray  # [rates]
     tuning: int  # how many seeds choose the rate
     matrix: np.ndarray  # [rates, seeds, T + 1, T], accuracy; row 0 before training
-    base: np.ndarray  # [rates, seeds, T + 1], accuracy on the base task
-    singular: np.ndarray  # [rates, seeds, T, layers, rank], of the scaled update
-    memory: np.ndarray  # [rates, seeds, T, layers], columns in use
-    opened: np.ndarray  # [rates, seeds, T, layers], whether the gate was open
-    cosine: np.ndarray  # [rates, seeds, T, layers], new gradient to the old tasks'
+    base: np.ndarray  # [rates, seeds, T + 1], what was known before the sequence
+    singular: np.ndarray  # [rates, seeds, T, matrices, rank], of the scaled update
+    memory: np.ndarray  # [rates, seeds, T, matrices], columns in use
+    opened: np.ndarray  # [rates, seeds, T, matrices], whether the gate was open
+    cosine: np.ndarray  # [rates, seeds, T, matrices], new gradient to the old tasks'
 
     @property
     def chosen(self) -> int:
-        """Index of the best rate on the tuning seeds."""
+        """Index of the best rate on the tuning seeds; the only one without any."""
+        if len(self.rates) == 1:
+            return 0
         finals = metrics.average_accuracy(self.matrix)[:, : self.tuning].mean(1)
         return int(np.argmax(finals))
 
@@ -63,22 +64,10 @@ class Measures(NamedTuple):
     learning: np.ndarray  # AP: accuracy right after learning a task, mean over tasks
     backward: np.ndarray  # BWT: final minus right after learning, without the last task
     forward: np.ndarray  # FWT: accuracy on tasks not yet trained, mean over boundaries
-    base: np.ndarray  # accuracy on the base task at the end
+    base: np.ndarray  # what is left of what was known before the sequence
     top_energy: np.ndarray  # share of the largest singular value's square
     norm: np.ndarray  # Frobenius norm of an update
     largest: np.ndarray  # largest singular value of an update
-
-
-def members(config: Any, family: str) -> list[tuple[arms.Arm, str]]:
-    """The (arm, stream) pairs of a family, in the order of its lanes."""
-    return [
-        (arm, stream)
-        for name in config.arms or arms.ARMS
-        for arm in [arms.ARMS[name]]
-        if arm.family == family
-        for stream in arm.streams
-        if stream in config.streams
-    ]
 
 
 def seeds(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -88,37 +77,44 @@ def seeds(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(tuning), tuple(reported)
 
 
-def load(folder: Path, config: Any) -> dict[str, dict[str, ArmResults]]:
-    """Reads a finished run: ``{stream: {arm: results}}``."""
-    found: dict[str, dict[str, ArmResults]] = {s: {} for s in config.streams}
-    rates = np.array(config.rates)
-    for family in arms.FAMILIES:
-        pairs = members(config, family)
-        if not pairs:
-            continue
-        arrays = run_folder.load_program(Path(folder), family)
-        shape = len(pairs), len(rates), -1
+def load(
+    folder: Path, programs: dict[str, list[tuple[arms.Arm, str]]], config: Any
+) -> dict[str, dict[str, ArmResults]]:
+    """Reads a finished run.
 
-        def own(name, arrays=arrays, shape=shape):
-            array = arrays[name]
-            return array.reshape(*shape, *array.shape[1:]).astype(np.float64)
+    Args:
+      folder: The run folder.
+      programs: Name of each program to its (arm, stream) pairs, in the order of its
+        lanes.
+      config: Has ``rates`` and ``tuning``.
 
+    Returns:
+      ``{stream: {arm: results}}``, arms in the order of their table.
+    """
+    found: dict[str, dict[str, ArmResults]] = {}
+    for program, pairs in programs.items():
+        arrays = run_folder.load_program(Path(folder), program)
+        outer = len(pairs), len(config.rates), -1
         for index, (arm, stream) in enumerate(pairs):
-            found[stream][arm.name] = ArmResults(
+
+            def own(name, arrays=arrays, outer=outer, index=index):
+                array = arrays[name].astype(np.float64)
+                return array.reshape(*outer, *array.shape[1:])[index]
+
+            found.setdefault(stream, {})[arm.name] = ArmResults(
                 arm,
-                rates,
+                np.array(config.rates),
                 config.tuning,
-                own("evaluate/accuracy")[index],
-                own("evaluate/base")[index],
-                own("boundary/singular")[index],
-                own("boundary/memory")[index],
+                own("evaluate/accuracy"),
+                own("evaluate/base"),
+                own("boundary/singular"),
+                own("boundary/memory"),
                 # The start of a task is recorded by its first step.
-                own("step/open")[index][..., 0, :],
-                own("step/cosine")[index][..., 0, :],
+                own("step/open")[..., 0, :],
+                own("step/cosine")[..., 0, :],
             )
-    order = list(config.arms or arms.ARMS)
     return {
-        stream: {name: of[name] for name in order if name in of}
+        stream: {name: of[name] for name in arms.ARMS if name in of}
         for stream, of in found.items()
     }
 
@@ -145,8 +141,3 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     """Paired difference over seeds, with its standard error."""
     value, error = metrics.paired_difference(ours, theirs)
     return float(value), float(error)
-
-
-def layers() -> tuple[str, ...]:
-    """The adapted layers, in the order of the arrays."""
-    return tuple(f"layer{i}" for i in range(len(data.SIZES) - 1))

@@ -32,13 +32,33 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
-from experiments import engine
+from experiments import engine, run_folder
 from experiments.studies import Study, field
 from experiments.studies import _lora_arms as arms
 from experiments.studies import _lora_data as data
 from experiments.studies import _lora_program as program
 from experiments.studies import _lora_report as reporting
 from experiments.studies import _lora_results as results
+
+QUICK = (
+    "LoRA",
+    "frozen A",
+    "EBLoRA",
+    "EBLoRA steep",
+    "EBLoRA no memory",
+    "init LoRA",
+    "init LoRA-GA",
+    "SLICE 1",
+)
+_WORDS = reporting.Words(
+    streams={
+        "pixels": "pixels exchanged",
+        "labels": "pixels exchanged and classes renamed",
+    },
+    base="base task",
+    base_note="Base task: accuracy on upright digits at the end.",
+    groups={"first kernel": [0], "second kernel": [1], "last kernel": [2]},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +68,7 @@ class Config:
     streams: tuple[Literal["pixels", "labels"], ...] = field(
         ("pixels", "labels"), quick=("pixels",), help="which streams to run"
     )
-    arms: tuple[str, ...] = field(
-        (), quick=reporting.QUICK, help="names of arms; none: all"
-    )
+    arms: tuple[str, ...] = field((), quick=QUICK, help="names of arms; none: all")
     seeds: int = field(12, quick=4, minimum=2, help="seeds that are reported")
     first_seed: int = field(1000, minimum=0, help="the first of them")
     tuning: int = field(3, quick=2, minimum=1, help="seeds that choose learning rates")
@@ -88,28 +106,46 @@ def check(config: Config) -> None:
         )
 
 
+def programs(config: Config) -> dict[str, list[tuple[arms.Arm, str]]]:
+    """The (arm, stream) pairs of each family that is run."""
+    found: dict[str, list[tuple[arms.Arm, str]]] = {}
+    for arm in arms.ARMS.values():
+        if not config.arms or arm.name in config.arms:
+            for stream in arm.streams:
+                if stream in config.streams:
+                    found.setdefault(arm.family, []).append((arm, stream))
+    return found
+
+
 def run(config: Config, folder: Path, context: engine.Context) -> dict:
     """Runs every arm; returns the numbers of ``results.json``."""
     tuning, reported = results.seeds(config)
     seeds = tuning + reported
-    chosen = {family: results.members(config, family) for family in arms.FAMILIES}
+    chosen = programs(config)
     lanes = sum(map(len, chosen.values())) * len(config.rates) * len(seeds)
     context.progress.plan(lanes * data.TASKS * config.steps)
     everything = data.make_data(seeds)
     for name, pairs in chosen.items():
-        if pairs:
-            context.run(
-                program.make_program(arms.FAMILIES[name], config.steps),
-                everything,
-                arms.make_lanes(pairs, config.rates, seeds),
-                chunk_steps=config.steps,
-            )
-    return reporting.summarize(folder, config)
+        context.run(
+            program.make_program(data.BENCH, arms.FAMILIES[name], config.steps),
+            everything,
+            arms.make_lanes(pairs, data.STREAMS, config.rates, seeds),
+            chunk_steps=config.steps,
+        )
+    return reporting.summarize(results.load(folder, chosen, config))
 
 
 def report(folder: Path):
     """Tables, figures and claims of a finished run."""
-    return reporting.report(folder, Config)
+    config = run_folder.read_config(folder, Config)
+    tuning, reported = results.seeds(config)
+    summary = (
+        f"Accuracies on held-out images, mean and standard error over {len(reported)} "
+        f"seeds. Learning rates were chosen on {len(tuning)} other seeds, from "
+        f"{', '.join(f'{r:g}' for r in config.rates)}."
+    )
+    loaded = results.load(folder, programs(config), config)
+    return reporting.report(loaded, _WORDS, summary)
 
 
 STUDY = Study(
