@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_cl._core import checks
 
@@ -166,7 +167,7 @@ def check_params(config: LlamaConfig, params: Any) -> None:
 
 
 def is_known(x: Any) -> bool:
-    """Whether the values can be looked at: not under ``jit``."""
+    """Whether the values can be looked at, by NumPy: JAX would trace even that."""
     return not isinstance(x, jax.core.Tracer)
 
 
@@ -186,11 +187,14 @@ def check_tokens(
         raise ValueError(
             f"`mask` must have the shape {shape} of `tokens`; got {jnp.shape(mask)}."
         )
-    if is_known(tokens) and not 0 <= tokens.min() <= tokens.max() < config.vocabulary:
-        raise ValueError(
-            f"`tokens` must lie in 0 to {config.vocabulary - 1}; got {tokens.min()} to "
-            f"{tokens.max()}. Was another tokenizer used?"
-        )
+    if is_known(tokens):
+        known = np.asarray(tokens)
+        low, high = known.min(), known.max()
+        if low < 0 or high >= config.vocabulary:
+            raise ValueError(
+                f"`tokens` must lie in 0 to {config.vocabulary - 1}; got {low} to "
+                f"{high}. Was another tokenizer used?"
+            )
     if shape[1] > config.context:
         raise ValueError(
             f"`tokens` are {shape[1]} long, the context is {config.context}. Cut them."
@@ -231,6 +235,11 @@ def check_adapters(
             raise ValueError(
                 f"`adapters` names `{path}`, which no adapter can be applied to; there "
                 f"are {', '.join(known)}."
+            )
+        if path not in targets:
+            raise ValueError(
+                f"`targets` has no scale for `{path}`, which `adapters` names. Pass "
+                "the targets that the adapters were made for."
             )
         for leaf in jax.tree.leaves(adapter):
             if jnp.shape(leaf)[:1] != (config.layers,):

@@ -7,6 +7,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.models._llama_config import (
     LlamaConfig,
@@ -64,7 +65,7 @@ def generate(
         )
     if temperature > 0 and key is None:
         raise ValueError("A positive `temperature` draws tokens and needs a `key`.")
-    if mask is not None and is_known(mask) and not mask[:, -1].all():
+    if mask is not None and is_known(mask) and not np.asarray(mask)[:, -1].all():
         raise ValueError(
             "`mask` says that a prompt ends with padding, so that its continuation "
             "would follow the padding. Pad on the left."

@@ -50,6 +50,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models._llama_config import (
+    KERNELS,
     Cache,
     LlamaConfig,
     abstract_params,
@@ -57,9 +58,27 @@ from experiments.models._llama_config import (
     check_cache,
     check_params,
     check_tokens,
+    empty_cache,
 )
 from optax_cl import lora
 from optax_cl._core import checks
+
+__all__ = [
+    "KERNELS",
+    "Cache",
+    "Llama",
+    "LlamaConfig",
+    "abstract_params",
+    "empty_cache",
+    "features",
+    "forward",
+    "init",
+    "next_token_loss",
+    "rms_norm",
+    "rotate",
+    "truncate",
+    "unembed",
+]
 
 
 def init(
@@ -212,7 +231,8 @@ def features(
     positions = before if positions is None else positions
     # A token sees the slots up to its own, except for padding: [batch, 1, time, slots].
     slots, own = jnp.arange(seen.shape[1]), start + jnp.arange(tokens.shape[1])
-    visible = ((slots <= own[:, None]) & seen[:, None, :])[:, None]
+    causal = slots[None, :] <= own[:, None]
+    visible = (causal[None] & seen[:, None])[:, None]
     turns = _turns(config, jnp.broadcast_to(positions, tokens.shape))
 
     def layer(x, stacked):
@@ -258,7 +278,8 @@ def rms_norm(x: chex.Array, scale: chex.Array, eps: float) -> chex.Array:
     """Divides by the root mean square of the last axis, in float32, and scales."""
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
-    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    return (wide * inverse * scale).astype(x.dtype)
 
 
 def rotate(x: chex.Array, turns: tuple[chex.Array, chex.Array]) -> chex.Array:
@@ -330,7 +351,8 @@ def _variables(tree: Mapping[str, Any]) -> nnx.Dict:
 def _turns(config: LlamaConfig, positions: chex.Array) -> tuple[chex.Array, chex.Array]:
     """Cosines and sines of p theta^(-2j / dim), ``[batch, time, 1, dim / 2]``."""
     exponents = jnp.arange(0, config.head_dim, 2) / config.head_dim
-    angles = positions[..., None, None] * config.rope_theta**-exponents
+    frequencies = config.rope_theta ** -exponents[None, None, None]
+    angles = positions[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

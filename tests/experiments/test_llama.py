@@ -1,0 +1,478 @@
+"""The decoder: cache, padding, adapters, precision, generation, module, bad input."""
+
+import dataclasses
+from operator import itemgetter
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.models import generation, llama
+from experiments.models.llama import LlamaConfig
+from optax_cl import lora, matrix_views
+from optax_cl._core import checks
+
+CONFIG = LlamaConfig.tiny()
+KERNELS = [f"layers/{name}/kernel" for name in llama.KERNELS]
+FORWARD = jax.jit(llama.forward, static_argnums=0)
+FEATURES = jax.jit(llama.features, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        if leaf.ndim < 3:
+            return jnp.float32(rng.uniform(0.5, 1.5, leaf.shape))
+        # Larger than they start, so that attention is far from uniform.
+        scale = 2.0 / np.sqrt(leaf.shape[1])
+        return jnp.float32(scale * rng.normal(size=leaf.shape))
+
+    drawn = jax.tree.map(draw, llama.abstract_params(CONFIG))
+    table = 0.1 * rng.normal(size=(CONFIG.vocabulary, CONFIG.width))
+    return drawn | {"embed": {"embedding": jnp.float32(table)}}
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (3, 11), 0, CONFIG.vocabulary)
+
+
+@pytest.fixture(scope="module")
+def targets(params):
+    return lora.targets(
+        params,
+        {"layers/.*/kernel": 2},
+        alpha=6.0,
+        matrices=matrix_views(stacked="layers"),
+    )
+
+
+def adapters_of(kind, targets, paths=KERNELS, seed=2):
+    rng = np.random.default_rng(seed)
+    out = {}
+    for path in paths:
+        layers, fan_in, fan_out = targets[path].matrix_shape
+        a = jnp.float32(rng.normal(size=(layers, fan_in, 2)) / np.sqrt(fan_in))
+        b = jnp.float32(rng.normal(size=(layers, 2, fan_out)) / 2)
+        if kind == "lora":
+            out[path] = lora.LoRA(a, b)
+        else:
+            s = jnp.float32(rng.uniform(0.5, 2.0, layers))
+            out[path] = lora.Spectral(s, b.swapaxes(1, 2), a)
+    return out
+
+
+def close(a, b, tolerance=2e-5):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# Time.
+
+
+def test_a_token_does_not_see_those_after_it(params, tokens):
+    changed = tokens.at[:, 6].add(1) % CONFIG.vocabulary
+    a, b = FORWARD(CONFIG, params, tokens), FORWARD(CONFIG, params, changed)
+    np.testing.assert_array_equal(a[:, :6], b[:, :6])
+    assert (jnp.abs(a[:, 6:] - b[:, 6:]).max(-1) > 1e-4).all()
+
+
+def test_only_distances_between_positions_matter(params, tokens):
+    logits = FORWARD(CONFIG, params, tokens)
+    steps = jnp.arange(tokens.shape[1])
+    close(FORWARD(CONFIG, params, tokens, positions=steps + 40), logits, 2e-4)
+    apart = FORWARD(CONFIG, params, tokens, positions=3 * steps)
+    assert jnp.abs(apart - logits).max() > 0.01
+
+
+@pytest.mark.parametrize("sizes", [(11,), (4, 7), (1,) * 11], ids=str)
+def test_cached_logits_equal_uncached_ones(params, tokens, sizes):
+    cache = llama.empty_cache(CONFIG, 3, 13)
+    pieces, start = [], 0
+    for size in sizes:
+        piece = tokens[:, start : start + size]
+        logits, cache = FORWARD(CONFIG, params, piece, cache=cache)
+        pieces.append(logits)
+        start += size
+    close(jnp.concatenate(pieces, 1), FORWARD(CONFIG, params, tokens))
+    assert int(cache.length) == 11
+    assert cache.valid.sum(1).tolist() == [11] * 3
+
+
+def test_padding_changes_nothing_wherever_it_stands(params, tokens):
+    pads = [0, 2, 5]
+    rows = [np.r_[np.full(n, 9), tokens[i, n:]] for i, n in enumerate(pads)]
+    left = np.stack(rows).astype(np.int32)
+    mask = np.arange(11) >= np.array(pads)[:, None]
+    padded = FORWARD(CONFIG, params, left, mask=mask)
+    cache = llama.empty_cache(CONFIG, 3, 11)
+    first, cache = FORWARD(CONFIG, params, left[:, :6], cache=cache, mask=mask[:, :6])
+    second, _ = FORWARD(CONFIG, params, left[:, 6:], cache=cache)
+    assert jnp.isfinite(padded).all() and jnp.isfinite(first).all()
+    for i, n in enumerate(pads):
+        alone = FORWARD(CONFIG, params, tokens[i : i + 1, n:])[0]
+        close(padded[i, n:], alone)
+        close(jnp.concatenate([first[i], second[i]])[n:], alone)
+
+
+def test_gradients_are_finite_with_a_sequence_that_is_all_padding(params, tokens):
+    mask = jnp.ones(tokens.shape, bool).at[1].set(False)
+
+    def loss(params):
+        logits = llama.forward(CONFIG, params, tokens, mask=mask)
+        return llama.next_token_loss(logits, tokens, mask)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    chex.assert_tree_all_finite((value, gradient))
+    assert jnp.abs(gradient["layers"]["q"]["kernel"]).max() > 0
+
+
+# Adapters.
+
+
+@pytest.mark.parametrize("kind", ["lora", "spectral"])
+def test_adapters_equal_merged_kernels(params, tokens, targets, kind):
+    adapters = adapters_of(kind, targets)
+    found = FORWARD(CONFIG, params, tokens, adapters, targets)
+    merged = lora.merge(targets, params, adapters)
+    close(found, FORWARD(CONFIG, merged, tokens), 2e-4)
+    assert jnp.abs(found - FORWARD(CONFIG, params, tokens)).max() > 0.1
+
+
+@pytest.mark.parametrize("path", KERNELS)
+def test_each_adapter_reaches_its_own_kernel(params, tokens, targets, path):
+    (adapter,) = adapters_of("lora", targets, [path]).values()
+    _, name, _ = path.split("/")
+    update = targets[path].scale * adapter.a @ adapter.b
+    kernel = params["layers"][name]["kernel"] + update
+    layers = params["layers"] | {name: {"kernel": kernel}}
+    merged = FORWARD(CONFIG, params | {"layers": layers}, tokens)
+    close(FORWARD(CONFIG, params, tokens, {path: adapter}, targets), merged, 2e-4)
+
+
+def test_gradients_reach_every_layer_of_every_adapter(params, tokens, targets):
+    def loss(adapters):
+        logits = llama.forward(CONFIG, params, tokens, adapters, targets)
+        return llama.next_token_loss(logits, tokens)
+
+    gradient = jax.jit(jax.grad(loss))(adapters_of("lora", targets))
+    for path, adapter in gradient.items():
+        for leaf in adapter:
+            assert (jnp.abs(leaf).max((1, 2)) > 1e-6).all(), path
+
+
+def test_cached_logits_equal_uncached_ones_with_adapters(params, tokens, targets):
+    adapters = adapters_of("lora", targets, KERNELS[:3])
+    cache = llama.empty_cache(CONFIG, 3, 11)
+    pieces = []
+    for piece in (tokens[:, :5], tokens[:, 5:]):
+        logits, cache = FORWARD(CONFIG, params, piece, adapters, targets, cache)
+        pieces.append(logits)
+    whole = FORWARD(CONFIG, params, tokens, adapters, targets)
+    close(jnp.concatenate(pieces, 1), whole)
+
+
+def test_the_paths_of_adapters_are_those_of_the_parameters(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [checks.path_str(path) for path, leaf in leaves if leaf.ndim == 3]
+    assert sorted(paths) == sorted(KERNELS)
+
+
+# Memory, depth and precision.
+
+
+def test_recomputing_activations_changes_no_gradient(params, tokens):
+    def loss(config):
+        logits = lambda p: llama.forward(config, p, tokens)  # noqa: E731
+        return lambda p: llama.next_token_loss(logits(p), tokens)
+
+    short = dataclasses.replace(CONFIG, remat=True)
+    a = jax.jit(jax.value_and_grad(loss(CONFIG)))(params)
+    b = jax.jit(jax.value_and_grad(loss(short)))(params)
+    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
+    assert "remat" in str(jax.make_jaxpr(jax.grad(loss(short)))(params))
+
+
+def test_a_truncated_model_skips_the_layers_after(params, tokens):
+    config, short = llama.truncate(CONFIG, params, 2)
+    assert config == dataclasses.replace(CONFIG, layers=2)
+    # A layer whose last kernels are zero passes its input on.
+    layers = dict(params["layers"])
+    for name in ("o", "down"):
+        layers[name] = {"kernel": layers[name]["kernel"].at[2:].set(0.0)}
+    skipping = FORWARD(CONFIG, params | {"layers": layers}, tokens)
+    close(FORWARD(config, short, tokens), skipping)
+    assert jnp.abs(skipping - FORWARD(CONFIG, params, tokens)).max() > 0.1
+
+
+def test_bfloat16_keeps_its_dtype_inside_and_gives_float32_logits(
+    params, tokens, targets
+):
+    coarse = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    adapters = adapters_of("lora", targets)  # float32, as a master copy is
+    hidden, _ = FEATURES(CONFIG, coarse, tokens, adapters, targets)
+    logits = FORWARD(CONFIG, coarse, tokens, adapters, targets)
+    exact = FORWARD(CONFIG, params, tokens, adapters, targets)
+    assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
+    assert 0 < error < 0.1
+
+
+def test_norms_are_computed_in_float32():
+    # The square of 300 overflows nothing in bfloat16, but the sum of 4096 of them
+    # would stop growing: 8 bits of mantissa.
+    x = jnp.full((1, 4096), 300.0, jnp.bfloat16)
+    np.testing.assert_allclose(llama.rms_norm(x, jnp.ones(4096), 1e-5), 1.0)
+
+
+def test_a_new_model_has_kernels_of_variance_one_over_fan_in():
+    drawn = jax.jit(llama.init, static_argnums=0)(CONFIG, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes(drawn, llama.abstract_params(CONFIG))
+    kernel = drawn["layers"]["down"]["kernel"]
+    assert float(kernel.std()) == pytest.approx(40**-0.5, rel=0.05)
+    assert jnp.abs(kernel[0] - kernel[1]).max() > 0.1, "the layers start apart"
+
+
+def test_seeds_run_side_by_side_under_vmap(params, tokens):
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), params)
+    together = jax.jit(jax.vmap(lambda p: llama.forward(CONFIG, p, tokens)))(many)
+    for i in range(2):
+        alone = jax.tree.map(itemgetter(i), many)
+        close(together[i], FORWARD(CONFIG, alone, tokens))
+
+
+# Loss.
+
+
+def test_the_loss_of_uniform_logits_is_the_log_of_the_vocabulary(tokens):
+    loss = llama.next_token_loss(jnp.zeros((3, 11, 64)), tokens)
+    assert float(loss) == pytest.approx(np.log(64), rel=1e-6)
+
+
+def test_weights_choose_targets_and_each_target_is_read_off_the_position_before():
+    tokens = jnp.array([[0, 1, 2]])
+    logits = jnp.log(jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [1.0, 1.0, 1.0]]]))
+    losses = -np.log([0.3, 0.8])
+    assert float(llama.next_token_loss(logits, tokens)) == pytest.approx(losses.mean())
+    for weights, expected in (([1, 1, 0], losses[0]), ([9, 0, 1], losses[1])):
+        found = llama.next_token_loss(logits, tokens, jnp.array([weights]))
+        assert float(found) == pytest.approx(expected, rel=1e-5)
+    assert llama.next_token_loss(logits, tokens, jnp.zeros((1, 3))) == 0.0
+
+
+# Generation.
+
+
+def continued(params, tokens, steps, **kwargs):
+    """Takes the likeliest token of a full pass over everything so far."""
+    batch, time = tokens.shape
+    # What comes after doesn't matter, so that one length compiles once.
+    tokens = np.concatenate([tokens, np.zeros((batch, 17 - time), np.int32)], 1)
+    for t in range(time, time + steps):
+        logits = FORWARD(CONFIG, params, tokens, **kwargs)
+        tokens[:, t] = logits[:, t - 1].argmax(-1)
+    return tokens[:, time : time + steps]
+
+
+def test_greedy_generation_takes_the_likeliest_token_each_time(params, tokens, targets):
+    adapters = adapters_of("lora", targets, KERNELS[:2])
+    for extra in ({}, {"adapters": adapters, "targets": targets}):
+        found = generation.generate(CONFIG, params, tokens, 6, **extra)
+        np.testing.assert_array_equal(found, continued(params, tokens, 6, **extra))
+
+
+def test_ragged_prompts_are_continued_as_if_alone(params, tokens):
+    pads = np.array([0, 4, 7])
+    mask = np.arange(11) >= pads[:, None]
+    found = generation.generate(CONFIG, params, tokens * mask, 4, mask=mask)
+    for i, n in enumerate(pads):
+        alone = continued(params, tokens[i : i + 1, n:], 4)[0]
+        np.testing.assert_array_equal(found[i], alone)
+
+
+def test_after_the_stop_token_there_is_nothing_else(params, tokens):
+    free = np.asarray(generation.generate(CONFIG, params, tokens, 8))
+    stop = int(free[0, 3])
+    found = np.asarray(generation.generate(CONFIG, params, tokens, 8, stop=stop))
+    for row, whole in zip(found, free, strict=True):
+        at = list(whole).index(stop) if stop in whole else 8
+        np.testing.assert_array_equal(row[:at], whole[:at])
+        assert (row[at:] == stop).all()
+    assert (found[0] == stop).any()
+
+
+def test_sampling_follows_the_probabilities_and_the_key(params, tokens):
+    prompt = jnp.tile(tokens[:1], (4000, 1))
+    draw = lambda seed, heat: generation.generate(  # noqa: E731
+        CONFIG, params, prompt, 1, key=jax.random.key(seed), temperature=heat
+    )[:, 0]
+    logits = FORWARD(CONFIG, params, tokens[:1])[0, -1]
+    for heat in (1.0, 0.3):
+        shares = np.bincount(draw(0, heat), minlength=64) / 4000
+        expected = np.asarray(jax.nn.softmax(logits / heat))
+        # Five standard errors of a share.
+        assert (np.abs(shares - expected) < 5 * np.sqrt(expected / 4000) + 1e-3).all()
+    np.testing.assert_array_equal(draw(1, 1.0), draw(1, 1.0))
+    assert (draw(1, 1.0) != draw(2, 1.0)).any()
+
+
+def test_one_compilation_decodes_any_number_of_tokens(params, tokens):
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(llama.forward, n=1)
+    step = jax.jit(traced, static_argnums=0)
+    cache = llama.empty_cache(CONFIG, 3, 11)
+    for t in range(11):
+        _, cache = step(CONFIG, params, tokens[:, t : t + 1], cache=cache)
+
+
+# The module.
+
+
+def test_the_module_is_the_same_function_of_the_same_paths(params, tokens, targets):
+    model = llama.Llama(CONFIG, params)
+    adapters = adapters_of("lora", targets)
+    found = nnx.jit(lambda m: m(tokens, adapters=adapters, targets=targets))(model)
+    close(found, FORWARD(CONFIG, params, tokens, adapters, targets), 1e-6)
+    chex.assert_trees_all_equal(model.params(), params)
+    assert (
+        lora.targets(
+            nnx.state(model, nnx.Param),
+            {"layers/.*/kernel": 2},
+            alpha=6.0,
+            matrices=matrix_views(stacked="layers"),
+        )
+        == targets
+    )
+
+
+def test_the_module_is_differentiated_by_nnx(params, tokens):
+    def loss(model):
+        return llama.next_token_loss(model(tokens), tokens)
+
+    found = nnx.jit(nnx.grad(loss))(llama.Llama(CONFIG, params))
+    gradient = nnx.to_pure_dict(found)
+    plain = jax.jit(
+        jax.grad(
+            lambda p: llama.next_token_loss(llama.forward(CONFIG, p, tokens), tokens)
+        )
+    )(params)
+    chex.assert_trees_all_close(gradient, plain, rtol=1e-4, atol=1e-6)
+
+
+# Sizes and bad input.
+
+
+def test_the_parameters_of_smollm2_are_135_million():
+    leaves = jax.tree.leaves(llama.abstract_params(LlamaConfig.smollm2_135m()))
+    assert sum(leaf.size for leaf in leaves) == 134_515_008
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"layers": 0}, "`layers` must be at least 1"),
+        ({"heads": 5}, "`width` must be a multiple of `heads`; got 24 and 5"),
+        ({"kv_heads": 4}, "`heads` must be a multiple of `kv_heads`; got 6 and 4"),
+        ({"heads": 24, "kv_heads": 24}, "must be even"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (jnp.zeros(4, jnp.int32), r"`tokens` must be \[batch, time\]"),
+        (jnp.zeros((2, 0), jnp.int32), "neither of them zero"),
+        (jnp.full((1, 3), 64), "`tokens` must lie in 0 to 63; got 64"),
+        (jnp.full((1, 3), -1), "got -1 to -1. Was another tokenizer used"),
+        (jnp.zeros((1, 65), jnp.int32), "65 long, the context is 64"),
+    ],
+    ids=["axes", "empty", "large", "negative", "long"],
+)
+def test_unfit_tokens_are_refused(params, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        llama.forward(CONFIG, params, tokens)
+
+
+def test_tokens_that_are_no_integers_are_refused(params):
+    with pytest.raises(TypeError, match="must be integers; got the dtype float32"):
+        llama.forward(CONFIG, params, jnp.zeros((1, 3)))
+
+
+def test_unfit_parameters_are_refused_with_the_path(params, tokens):
+    norm = {"scale": jnp.ones(23)}
+    with pytest.raises(
+        ValueError, match=r"at `norm/scale` got \(23,\), expected \(24,"
+    ):
+        llama.forward(CONFIG, params | {"norm": norm}, tokens)
+    with pytest.raises(ValueError, match="tree structure"):
+        llama.Llama(CONFIG, {"embed": params["embed"]})
+    with pytest.raises(ValueError, match="at most the 3 of the model; got 4"):
+        llama.truncate(CONFIG, params, 4)
+
+
+def test_unfit_caches_and_masks_are_refused(params, tokens):
+    with pytest.raises(ValueError, match=r"`mask` must have the shape \(3, 11\)"):
+        llama.forward(CONFIG, params, tokens, mask=jnp.ones((3, 10), bool))
+    with pytest.raises(ValueError, match="10 free slots of 10, `tokens` need 11"):
+        cache = llama.empty_cache(CONFIG, 3, 10)
+        llama.forward(CONFIG, params, tokens, cache=cache)
+    cache = llama.empty_cache(CONFIG, 3, 15)
+    _, cache = FORWARD(CONFIG, params, tokens, cache=cache)
+    with pytest.raises(ValueError, match="4 free slots of 15, `tokens` need 11"):
+        llama.forward(CONFIG, params, tokens, cache=cache)
+    with pytest.raises(ValueError, match="made by `empty_cache` for this config"):
+        llama.forward(CONFIG, params, tokens[:2], cache=cache)
+
+
+def test_unfit_adapters_are_refused(params, tokens, targets):
+    adapters = adapters_of("lora", targets, KERNELS[:1])
+    (adapter,) = adapters.values()
+    with pytest.raises(ValueError, match="need their `targets`"):
+        llama.forward(CONFIG, params, tokens, adapters)
+    with pytest.raises(ValueError, match="`q/kernel`, which no adapter can be applied"):
+        llama.forward(CONFIG, params, tokens, {"q/kernel": adapter}, targets)
+    with pytest.raises(
+        ValueError, match="`targets` has no scale for `layers/v/kernel`"
+    ):
+        llama.forward(
+            CONFIG,
+            params,
+            tokens,
+            {"layers/v/kernel": adapter},
+            lora.targets(
+                params, {"q": 2}, alpha=1.0, matrices=matrix_views(stacked="layers")
+            ),
+        )
+    cut = jax.tree.map(lambda leaf: leaf[:2], adapters)
+    with pytest.raises(ValueError, match="3 layers as its leading axis"):
+        llama.forward(CONFIG, params, tokens, cut, targets)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"steps": 0}, "`steps` must be at least 1"),
+        ({"steps": 54}, "longer than the context of 64"),
+        ({"temperature": -1.0}, "`temperature`"),
+        ({"temperature": 1.0}, "needs a `key`"),
+        ({"stop": 64}, "`stop` must be a token, 0 to 63; got 64"),
+        (
+            {"mask": np.arange(11)[None] < np.array([[11], [11], [9]])},
+            "Pad on the left",
+        ),
+    ],
+    ids=str,
+)
+def test_unfit_requests_for_generation_are_refused(params, tokens, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        generation.generate(CONFIG, params, tokens, **{"steps": 3, **kwargs})
