@@ -231,7 +231,9 @@ FACTORS = "kernel|matrix|<root>"
 
 
 def _olora(strength: Schedulable = 0.5):
-    return _descend(lora.olora(strength, capacity=3, factors=FACTORS))
+    return _descend(
+        lora.olora(strength, capacity=3, overflow="oldest", factors=FACTORS)
+    )
 
 
 def _olora_fro(strength: Schedulable = 0.5):
@@ -267,7 +269,7 @@ def _frozen_a():
 
 
 def _olora_project():
-    project = lora.olora_project(capacity=3, factors=FACTORS)
+    project = lora.olora_project(capacity=3, overflow="oldest", factors=FACTORS)
     return optax_cl.scale_by_decoupled_adam(), project, optax.scale(-LR)
 
 
