@@ -1,5 +1,6 @@
 """A-GEM: never step against the gradient of a batch from the memory."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import chex
@@ -10,15 +11,25 @@ import optax
 from optax_cl._core import checks, surgery, tasks, trees
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class AgemRules:
+    """What happens to the averaged reference at a boundary: a static node."""
+
+    at_boundary: str = "reset"
+
+
 class AgemState(NamedTuple):
     """State of :func:`agem`."""
 
     reference: Any  # like params, at least float32; None without `decay`
+    rules: Any = AgemRules()  # static
 
 
 def agem(
     *,
     decay: chex.Numeric | None = None,
+    at_boundary: str = "reset",
     granularity: str = "global",
     sign: str = "gradient",
 ) -> optax.GradientTransformationExtraArgs:
@@ -50,8 +61,10 @@ def agem(
     matter). This smooths small memory batches, at a price: the guarantee then holds for
     :math:`r_t`, and :math:`\langle\tilde g, g_{\text{ref},t}\rangle` may be negative.
     Old terms were taken at old parameters; stay at 0.9 or below unless steps are small.
-    :func:`reset_reference` clears the average at a task boundary. A reference that is
-    not finite is left out of it.
+    At a task boundary ``end_task`` clears the average, since the set of past tasks has
+    changed; ``at_boundary="keep"`` goes on with it, which spares the steps in which a
+    new average is noisy while the finished task fades in. A reference that is not
+    finite is left out of it.
 
     **Placement.** Three places, by what is guaranteed there:
 
@@ -79,6 +92,7 @@ def agem(
     Args:
       decay: None, or :math:`\rho` in ``[0, 1)``: project on the moving average. Only
         then does the state hold a tree. May be a tracer.
+      at_boundary: ``"reset"`` or ``"keep"``: what ``end_task`` does with the average.
       granularity: ``"global"``: one inner product over all leaves (A-GEM). ``"leaf"``:
         each leaf by itself, a stricter method of its own.
       sign: ``"gradient"`` where updates point along the gradient, ``"descent"`` where
@@ -88,8 +102,9 @@ def agem(
       A transformation with state :class:`AgemState`.
 
     Raises:
-      ValueError: At build time for a ``decay`` outside ``[0, 1)`` or unknown choices;
-        at update for missing or mismatched ``reference_updates``.
+      ValueError: At build time for a ``decay`` outside ``[0, 1)``, unknown choices, or
+        ``at_boundary="keep"`` without ``decay``; at update for missing or mismatched
+        ``reference_updates``.
 
     Example:
       How often does Adam's direction oppose the reference?
@@ -129,17 +144,25 @@ def agem(
         checks.check_number("decay", decay, low=0.0, high=1.0, open_high=True)
     checks.check_choice("granularity", granularity, ("global", "leaf"))
     checks.check_choice("sign", sign, ("gradient", "descent"))
+    checks.check_choice("at_boundary", at_boundary, ("reset", "keep"))
+    if at_boundary == "keep" and decay is None:
+        raise ValueError(
+            "`at_boundary='keep'` has no meaning without `decay`: no reference is "
+            "averaged. Pass `decay`, for instance 0.9, or leave `at_boundary` out."
+        )
+    rules = AgemRules(at_boundary)
 
     def init_fn(params):
         if decay is None:
-            return AgemState(reference=None)
+            return AgemState(None, rules)
         return AgemState(
             jax.tree.map(
                 lambda p: jnp.zeros(
                     jnp.shape(p), trees.importance_dtype(jnp.result_type(p))
                 ),
                 params,
-            )
+            ),
+            rules,
         )
 
     def update_fn(updates, state, params=None, *, reference_updates=None, **extra_args):
@@ -154,7 +177,7 @@ def agem(
         ref = trees.align("reference_updates", reference_updates, updates)
         if decay is not None:
             ref = _moving_average(state.reference, ref, decay)
-            state = AgemState(reference=ref)
+            state = state._replace(reference=ref)
         if sign == "descent":
             ref = jax.tree.map(jnp.negative, ref)
         return surgery.project_conflict(updates, ref, granularity=granularity), state
@@ -171,7 +194,7 @@ def reset_reference(state: AgemState) -> AgemState:
     Returns:
       A state of the same structure, shapes and dtypes, with a zero average.
     """
-    return AgemState(jax.tree.map(jnp.zeros_like, state.reference))
+    return state._replace(reference=trees.zeros_like(state.reference))
 
 
 def _moving_average(average, ref, decay):
@@ -187,7 +210,9 @@ def _moving_average(average, ref, decay):
     return jax.tree.map(lambda n, a: jnp.where(finite, n, a), new, average)
 
 
-tasks.register_boundary(
-    AgemState,
-    tasks.Boundary(end_task=lambda state, params, results: reset_reference(state)),
-)
+def _end_task(state: AgemState, params: Any, results: Any) -> AgemState:
+    del params, results
+    return state if state.rules.at_boundary == "keep" else reset_reference(state)
+
+
+tasks.register_boundary(AgemState, tasks.Boundary(end_task=_end_task))

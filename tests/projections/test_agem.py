@@ -228,6 +228,33 @@ def test_pre_keeps_the_gradient_from_opposing_but_not_the_step_of_adam():
     assert abs(opposed(decoupled) - opposed(agem(), adam)) < 0.02
 
 
+@pytest.mark.parametrize("at_boundary", ["reset", "keep"])
+def test_a_boundary_clears_the_average_or_goes_on_with_it(at_boundary):
+    grads, refs = jnp.ones([3, 2]), jnp.array([[1.0, -2.0]] * 3)
+    tx = agem(decay=0.5, at_boundary=at_boundary)
+    _, state = run(tx, grads, refs)
+    statistics = optax_cl.collect(
+        state, grads[0], [], task=optax_cl.Task(), key=jax.random.key(0)
+    )
+    after = jax.jit(optax_cl.end_task)(state, grads[0], statistics)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    kept = at_boundary == "keep"
+    np.testing.assert_array_equal(after.reference, kept * state.reference)
+    # The next step: by hand, r' = (r + g_ref) / 2 with the r that is left.
+    next_ref = jnp.array([-2.0, 1.0])
+    update, _ = tx.update(grads[0], after, reference_updates=next_ref)
+    r = 0.5 * (kept * np.array([0.875, -1.75]) + np.array([-2.0, 1.0]))
+    expected = np.ones(2) - min(r.sum(), 0.0) / (r @ r) * r
+    np.testing.assert_allclose(update, expected, rtol=1e-6)
+
+
+def test_keeping_an_average_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"'keep'.*without `decay`"):
+        agem(at_boundary="keep")
+    with pytest.raises(ValueError, match="at_boundary"):
+        agem(decay=0.5, at_boundary="forget")
+
+
 def test_post_holds_at_every_step_despite_momentum_and_weight_decay():
     grads, refs = stream(8, steps=300)
     links = [optax.scale_by_adam(), optax.add_decayed_weights(0.3)]
