@@ -1,5 +1,6 @@
 """The domain stream: pairing, memory, measures, verdicts, and a run from end to end."""
 
+import functools
 import json
 
 import jax
@@ -137,18 +138,17 @@ def test_columns_of_the_matrix_are_the_domains_in_the_order_of_the_lane(arrays):
         for o in [(2, 0, 3), (3, 2, 0)]
     ]
     carry = jax.jit(functions.init)(arrays, ordered[0])
-    first, second = (
-        functions.evaluate(arrays, lane, carry)["loss"] for lane in ordered
-    )
+    evaluate = jax.jit(functions.evaluate)
+    first, second = (evaluate(arrays, lane, carry)["loss"] for lane in ordered)
     np.testing.assert_allclose(second, np.asarray(first)[[2, 0, 1]], rtol=1e-6)
 
 
 def test_the_buffer_keeps_windows_of_finished_domains_alone(arrays):
     functions = program.make_program(arms.FAMILIES["replay-max"], SETTINGS)
     lane = jax.tree.map(lambda x: x[0], lanes(0.5))
-    carry = functions.init(arrays, lane)
+    carry, boundary = jax.jit(functions.init)(arrays, lane), jax.jit(functions.boundary)
     for task in range(2):
-        carry, _ = functions.boundary(arrays, lane, carry, jnp.int32(task))
+        carry, _ = boundary(arrays, lane, carry, jnp.int32(task))
     items = np.asarray(carry.buffer.items)
     assert items.shape == (TASKS * MEMORY, TINY.context + 1)
     assert int(carry.buffer.seen) == 2 * MEMORY
@@ -158,14 +158,19 @@ def test_the_buffer_keeps_windows_of_finished_domains_alone(arrays):
     np.testing.assert_array_equal(items[2 * MEMORY :], 0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def first_boundary(functions, arrays, lane):
+    """The carry after the first boundary, from untrained weights."""
+    carry = functions.init(arrays, lane)
+    return functions.boundary(arrays, lane, carry, jnp.int32(0))[0]
+
+
 def test_joint_training_draws_from_all_domains_of_the_order_and_no_other(arrays):
     functions = program.make_program(
         arms.FAMILIES["replay-max"], SETTINGS._replace(memory=200)
     )
     lane = jax.tree.map(lambda x: x[0], lanes(0.5))._replace(joint=np.bool_(True))
-    carry, _ = functions.boundary(
-        arrays, lane, functions.init(arrays, lane), jnp.int32(0)
-    )
+    carry = first_boundary(functions, arrays, lane)
     drawn = set(np.asarray(carry.buffer.items[:200]).ravel().tolist())
     assert drawn == set(TEXTS["upper"] + TEXTS["digits"] + TEXTS["x"])
 
@@ -177,9 +182,7 @@ def test_windows_never_reach_behind_the_end_of_a_short_domain(stream):
         arms.FAMILIES["replay-max"], SETTINGS._replace(memory=500)
     )
     lane = jax.tree.map(lambda x: x[0], lanes(0.5, order=(0, 1, 2)))
-    carry, _ = functions.boundary(
-        arrays, lane, functions.init(arrays, lane), jnp.int32(0)
-    )
+    carry = first_boundary(functions, arrays, lane)
     drawn = np.asarray(carry.buffer.items[:500])
     assert 0 not in drawn, "a zero byte is padding behind the end"
     assert (drawn == short.train[0][-1]).any(), "the last byte must be reachable"
