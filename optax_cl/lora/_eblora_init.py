@@ -1,5 +1,6 @@
 """Starts of balanced adapters: directions in which a task's gradient is largest."""
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -128,6 +129,7 @@ def _check_memory(path, basis, target):
         )
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _directions(gradient, basis, rank):
     """``U [*batch, out, r]`` and ``V [*batch, in, r]``, both orthonormal."""
     finite = jnp.all(jnp.isfinite(gradient), axis=(-2, -1), keepdims=True)
