@@ -13,22 +13,25 @@ from flax import nnx
 from optax_cl import MatrixView, lora, matrix_views
 
 
+def normal(seed, *shape, dtype=jnp.float32):
+    # From NumPy: JAX would compile a generator for every shape.
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
 def plain():
-    key = jax.random.key(0)
     return {
-        "embed": {"embedding": jnp.ones((11, 4))},
-        "hidden": {"kernel": jax.random.normal(key, (4, 6)), "bias": jnp.zeros(6)},
-        "out": {"kernel": jax.random.normal(key, (6, 3)), "bias": None},
+        "embed": {"embedding": jnp.asarray(np.ones((11, 4), np.float32))},
+        "hidden": {"kernel": normal(1, 4, 6), "bias": normal(2, 6)},
+        "out": {"kernel": normal(3, 6, 3), "bias": None},
     }
 
 
-def random_lora(targets, seed=0, dtype=jnp.float32):
-    keys = iter(jax.random.split(jax.random.key(seed), 2 * len(targets)))
+def random_lora(targets, seed=0):
     adapters = {}
-    for path, target in targets.items():
+    for i, (path, target) in enumerate(targets.items()):
         *batch, fan_in, fan_out = target.matrix_shape
-        a = jax.random.normal(next(keys), (*batch, fan_in, target.rank), dtype)
-        b = jax.random.normal(next(keys), (*batch, target.rank, fan_out), dtype)
+        a = normal((seed, i, 0), *batch, fan_in, target.rank)
+        b = normal((seed, i, 1), *batch, target.rank, fan_out)
         adapters[path] = lora.LoRA(a, b)
     return adapters
 
@@ -129,7 +132,7 @@ def test_embeddings_work_on_their_feature_side():
 
 
 def test_convolutions_get_an_adapter_on_their_patches():
-    x = jax.random.normal(jax.random.key(1), (1, 2, 3, 4))
+    x = normal(4, 1, 2, 3, 4)
     params = {"conv": {"kernel": jnp.ones((2, 3, 4, 5))}}
     targets = lora.targets(params, {"conv": 2}, alpha=2.0)
     adapters = random_lora(targets)
@@ -213,7 +216,7 @@ def test_zero_b_is_the_base_model_bitwise(dtype):
     targets = lora.targets(params, {"kernel": 2}, alpha=2.0)
     adapters = zero_b(random_lora(targets))
     assert all_equal(lora.merge(targets, params, adapters), params)
-    x = jax.random.normal(jax.random.key(3), (7, 4)).astype(dtype)
+    x = normal(5, 7, 4, dtype=dtype)
     kernel = params["hidden"]["kernel"]
     for adapter in (adapters["hidden/kernel"], None):
         y = lora.dense(x, kernel, adapter, targets["hidden/kernel"].scale)
@@ -228,7 +231,7 @@ def test_dense_equals_the_merged_kernel(dtype, rtol, spectral):
     adapters = random_lora(targets)
     if spectral:
         adapters = lora.to_spectral(adapters)
-    x = jax.random.normal(jax.random.key(3), (2, 7, 4)).astype(dtype)
+    x = normal(5, 2, 7, 4, dtype=dtype)
     merged = lora.merge(targets, params, adapters)["hidden"]["kernel"]
     target = targets["hidden/kernel"]
     y = lora.dense(
@@ -392,7 +395,7 @@ def test_gradients_reach_the_adapters_as_the_chain_rule_says():
     params = plain()
     targets = lora.targets(params, {"out/kernel": 2}, alpha=3.0)
     adapters = random_lora(targets)
-    x = jax.random.normal(jax.random.key(5), (8, 4))
+    x = normal(6, 8, 4)
     grad = jax.grad(loss, 1)(params, adapters, targets, x)["out/kernel"]
     merged = lora.merge(targets, params, adapters)
     dw = jax.grad(lambda w: jnp.mean((x @ params["hidden"]["kernel"] @ w - 1.0) ** 2))(
@@ -413,7 +416,7 @@ def test_partition_trains_adapters_only_and_keeps_no_state_for_the_rest():
     state = tx.init(tree)
     sizes = sum(x.size for x in jax.tree.leaves(state))
     assert sizes == 2 * lora.count(tree["adapters"]) + 1
-    x = jax.random.normal(jax.random.key(5), (8, 4))
+    x = normal(6, 8, 4)
 
     @jax.jit
     def step(tree, state):
@@ -444,12 +447,8 @@ def test_labels_without_adapters_raise():
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (4, 4)])
 def test_to_spectral_is_the_thin_svd_of_the_product(batch, shape):
-    key = jax.random.key(1)
-    adapter = lora.LoRA(
-        jax.random.normal(key, (*batch, shape[0], 3)),
-        jax.random.normal(jax.random.fold_in(key, 1), (*batch, 3, shape[1])),
-    )
-    spectral = lora.to_spectral({"w": adapter})["w"]
+    adapter = lora.LoRA(normal(7, *batch, shape[0], 3), normal(8, *batch, 3, shape[1]))
+    spectral = jax.jit(lora.to_spectral)({"w": adapter})["w"]
     a, b = (np.asarray(f, np.float64) for f in adapter)
     singular = np.linalg.svd(a @ b, compute_uv=False)[..., :3]
     np.testing.assert_allclose(spectral.s, singular, rtol=1e-5)
@@ -462,10 +461,10 @@ def test_to_spectral_is_the_thin_svd_of_the_product(batch, shape):
 
 
 def test_signs_are_settled():
-    key = jax.random.key(1)
-    a, b = jax.random.normal(key, (5, 2)), jax.random.normal(key, (2, 4))
-    one = lora.to_spectral({"w": lora.LoRA(a, b)})["w"]
-    other = lora.to_spectral({"w": lora.LoRA(-a, -b)})["w"]
+    a, b = normal(7, 5, 2), normal(8, 2, 4)
+    convert = jax.jit(lora.to_spectral)
+    one = convert({"w": lora.LoRA(a, b)})["w"]
+    other = convert({"w": lora.LoRA(-a, -b)})["w"]
     chex.assert_trees_all_close(one, other, atol=1e-5)
     v = np.asarray(one.v)
     assert (v[np.abs(v).argmax(0), np.arange(2)] > 0).all()
@@ -483,10 +482,9 @@ def test_a_zero_update_has_orthonormal_sides_and_no_nan(zero):
 
 @pytest.mark.parametrize("s", [-2.0, np.array([3.0, -0.5])])
 def test_to_lora_keeps_the_product_bitwise(s):
-    key = jax.random.key(2)
-    u, _ = jnp.linalg.qr(jax.random.normal(key, (5, 2)))
-    v, _ = jnp.linalg.qr(jax.random.normal(key, (4, 2)))
-    adapters = {"w": lora.Spectral(jnp.asarray(s, jnp.float32), u, v)}
+    (u, _), (v, _) = (np.linalg.qr(normal(9, n, 2)) for n in (5, 4))
+    s = jnp.asarray(s, jnp.float32)
+    adapters = {"w": lora.Spectral(s, jnp.asarray(u), jnp.asarray(v))}
     back = lora.to_lora(adapters)
     assert isinstance(back["w"], lora.LoRA)
     assert all_equal(lora.product(back["w"]), lora.product(adapters["w"]))

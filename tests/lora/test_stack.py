@@ -10,21 +10,19 @@ import pytest
 from optax_cl import lora
 
 
+def normal(seed, *shape, dtype=jnp.float32):
+    # From NumPy: JAX would compile a generator for every shape.
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
 def adapters(seed, dtype=jnp.float32):
-    first, second = jax.random.split(jax.random.key(seed))
     return {
         "q": lora.LoRA(
-            jax.random.normal(first, (4, 2), dtype),
-            jax.random.normal(second, (2, 3), dtype),
+            normal(seed, 4, 2, dtype=dtype), normal(seed + 20, 2, 3, dtype=dtype)
         ),
-        "v": lora.to_spectral(
-            {
-                "v": lora.LoRA(
-                    jax.random.normal(second, (3, 4, 1)),
-                    jax.random.normal(first, (3, 1, 5)),
-                )
-            }
-        )["v"],
+        "v": lora.Spectral(
+            normal(seed + 40, 3), normal(seed + 60, 3, 5, 1), normal(seed + 80, 3, 4, 1)
+        ),
     }
 
 
@@ -122,8 +120,8 @@ def test_the_stack_keeps_its_dtypes():
 
 
 def test_a_mixed_batch_gathers_by_vmap_as_one_by_one_would():
-    stacked, kernel = filled(), jax.random.normal(jax.random.key(7), (4, 3))
-    x = jax.random.normal(jax.random.key(8), (6, 5, 4))
+    stacked, kernel = filled(), normal(7, 4, 3)
+    x = normal(8, 6, 5, 4)
     ids = jnp.array([2, 0, 3, 1, -1, 2])
 
     def layer(x, task):
@@ -150,12 +148,12 @@ def test_the_frozen_kernel_is_not_copied_for_each_example():
 
 
 def test_training_one_task_leaves_the_others_and_the_kernel_bitwise():
-    kernel = {"q": jax.random.normal(jax.random.key(7), (4, 3))}
+    kernel = {"q": normal(7, 4, 3)}
     targets = lora.targets(kernel, {"q": 2}, alpha=2.0)
     stacked = lora.stack({"q": adapters(0)["q"]}, 3)
     for task in range(3):
         stacked = lora.store(stacked, task, {"q": adapters(task)["q"]})
-    x = jax.random.normal(jax.random.key(8), (6, 4))
+    x = normal(8, 6, 4)
     tx = optax.adamw(0.1, weight_decay=0.1)
 
     @jax.jit
