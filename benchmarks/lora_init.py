@@ -151,7 +151,7 @@ def time_table(layers: int, rank: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lora_init")
-    parser.add_argument("--layers", type=int, default=30, help="layers to time")
+    parser.add_argument("--layers", type=int, default=6, help="layers to time")
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args(argv)
     memory_table()
