@@ -108,8 +108,9 @@ def ewc(
       capacity: Tasks that fit, for ``"separate"`` only. A static size: with
         ``optax.inject_hyperparams`` list it in ``static_args``.
       overflow: What ``"separate"`` does with one task too many: ``"error"`` (raised by
-        ``collect`` and ``end_task``, which then must run outside jit) or ``"merge"``
-        (the two oldest become one, exactly as far as gradients go).
+        ``collect`` and ``end_task``; inside jit, where it can't be known, they refuse
+        at trace time whether full or not) or ``"merge"`` (the two oldest become one,
+        exactly as far as gradients go).
       weight_by_count: Whether each Fisher is multiplied by the number of labels it was
         averaged over.
 

@@ -134,9 +134,7 @@ def scale_by_decoupled_adam(
     maximum, for the reason above; ``"raw"`` is the published form. (2) The strength of
     a modifier is the modifier's affair (``attenuate``), not the optimizer's.
     """
-    _check_adam(b1, b2, eps, eps_root)
-    checks.check_choice("first_moment", first_moment, FIRST_MOMENTS)
-    checks.check_choice("second_moment", second_moment, SECOND_MOMENTS)
+    _check(b1, b2, eps, eps_root, first_moment, second_moment)
 
     def init_fn(params):
         return ScaleByDecoupledAdamState(
@@ -150,9 +148,7 @@ def scale_by_decoupled_adam(
         numerator, square = _select(
             "scale_by_decoupled_adam", updates, raw_updates, first_moment, second_moment
         )
-        mu = optax.tree.update_moment(numerator, state.mu, b1, 1)
-        nu = _update_second(square, state.nu, b2)
-        count = optax.safe_increment(state.count)
+        mu, nu, count = _advance(state, numerator, square, b1, b2)
         mu_hat = _corrected_mean(mu, numerator, b1, count, nesterov)
         nu_hat = optax.tree.bias_correction(nu, b2, count)
         new_state = ScaleByDecoupledAdamState(
@@ -214,9 +210,7 @@ def scale_by_decoupled_amsgrad(
       Reddi et al, `On the Convergence of Adam and Beyond
       <https://openreview.net/forum?id=ryQu7f-RZ>`_, 2018
     """
-    _check_adam(b1, b2, eps, eps_root)
-    checks.check_choice("first_moment", first_moment, FIRST_MOMENTS)
-    checks.check_choice("second_moment", second_moment, SECOND_MOMENTS)
+    _check(b1, b2, eps, eps_root, first_moment, second_moment)
 
     def init_fn(params):
         return ScaleByDecoupledAmsgradState(
@@ -235,9 +229,7 @@ def scale_by_decoupled_amsgrad(
             first_moment,
             second_moment,
         )
-        mu = optax.tree.update_moment(numerator, state.mu, b1, 1)
-        nu = _update_second(square, state.nu, b2)
-        count = optax.safe_increment(state.count)
+        mu, nu, count = _advance(state, numerator, square, b1, b2)
         mu_hat = optax.tree.bias_correction(mu, b1, count)
         nu_hat = optax.tree.bias_correction(nu, b2, count)
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu_hat)
@@ -279,8 +271,11 @@ def _select(method, updates, raw_updates, first_moment, second_moment):
     return numerator, square
 
 
-def _update_second(square, nu, b2):
-    return _map(lambda s, v: (1 - b2) * s + b2 * v, square, nu)
+def _advance(state, numerator, square, b1, b2):
+    """Both moments and the count after one more step."""
+    mu = optax.tree.update_moment(numerator, state.mu, b1, 1)
+    nu = _map(lambda s, v: (1 - b2) * s + b2 * v, square, state.nu)
+    return mu, nu, optax.safe_increment(state.count)
 
 
 def _corrected_mean(mu, numerator, b1, count, nesterov):
@@ -312,11 +307,13 @@ def _map(f, *leaves):
     )
 
 
-def _check_adam(b1, b2, eps, eps_root):
+def _check(b1, b2, eps, eps_root, first_moment, second_moment):
     checks.check_number("b1", b1, low=0.0, high=1.0, open_high=True)
     checks.check_number("b2", b2, low=0.0, high=1.0, open_high=True)
     checks.check_number("eps", eps, low=0.0)
     checks.check_number("eps_root", eps_root, low=0.0)
+    checks.check_choice("first_moment", first_moment, FIRST_MOMENTS)
+    checks.check_choice("second_moment", second_moment, SECOND_MOMENTS)
 
 
 for _state in (ScaleByDecoupledAdamState, ScaleByDecoupledAmsgradState):
