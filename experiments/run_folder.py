@@ -148,6 +148,19 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is damaged or unreadable: {error}") from None
 
 
+def read_config(folder: Path, config_class: type) -> Any:
+    """The config that a run was made with.
+
+    Args:
+      folder: the run folder.
+      config_class: the study's dataclass; JSON's lists become its tuples.
+    """
+    saved = read_record(folder)["config"]
+    return config_class(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    )
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The content of a run folder's ``config.json``.
 
