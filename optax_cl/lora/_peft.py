@@ -283,9 +283,14 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"`{path}` must have peft_type 'LORA'; got {got!r}.")
     numbers = {name: config.get(name) for name in ("r", "lora_alpha")}
     for pattern in ("rank_pattern", "alpha_pattern"):
-        numbers |= {
-            f"{pattern}[{k}]": x for k, x in (config.get(pattern) or {}).items()
-        }
+        given = config.get(pattern) or {}
+        try:
+            numbers |= {f"{pattern}[{k}]": x for k, x in given.items() if re.compile(k)}
+        except (AttributeError, re.error) as error:
+            raise ValueError(
+                f"`{path}` must give `{pattern}` as a map from regular expressions to "
+                f"numbers; got {given!r} ({error})."
+            ) from error
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"`{path}` must give `{name}`, above 0; got {value!r}.")

@@ -279,6 +279,8 @@ def test_a_damaged_config_is_refused(saved):
         ({"r": None}, "`r`, above 0; got None"),
         ({"lora_alpha": 0}, "`lora_alpha`, above 0; got 0"),
         ({"rank_pattern": {"head": 0}}, r"`rank_pattern\[head\]`, above 0; got 0"),
+        ({"rank_pattern": {"(": 2}}, "map from regular expressions"),
+        ({"alpha_pattern": [2]}, "map from regular expressions"),
         ({"r": 4}, "rank 4, but the target .* has rank 2"),
     ],
 )
