@@ -19,6 +19,10 @@ def chosen(fan_in=12, fan_out=12, rank=2, stack=()):
     return lora.targets(params, {"kernel": rank}, alpha=2.0 * rank, matrices=views)
 
 
+# Outside jit the loops in it would be compiled anew by every call.
+draw = jax.jit(stiefel.random, static_argnames=("shape", "dtype"))
+
+
 def start(targets, key=0, s=-0.5, dtype=jnp.float32):
     adapters = {}
     for i, (path, target) in enumerate(targets.items()):
@@ -26,8 +30,8 @@ def start(targets, key=0, s=-0.5, dtype=jnp.float32):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(key), i))
         adapters[path] = lora.Spectral(
             s=jnp.full(batch, s, dtype),
-            u=stiefel.random(keys[0], (*batch, fan_out, target.rank), dtype=dtype),
-            v=stiefel.random(keys[1], (*batch, fan_in, target.rank), dtype=dtype),
+            u=draw(keys[0], (*batch, fan_out, target.rank), dtype=dtype),
+            v=draw(keys[1], (*batch, fan_in, target.rank), dtype=dtype),
         )
     return adapters
 
@@ -79,7 +83,7 @@ def test_three_thousand_adam_steps_leave_balanced_adapters_off_the_memory():
     targets = chosen(256, 192, 8)
     memory = jnp.linalg.qr(jax.random.normal(jax.random.key(5), (256, 40)))[0]
     adapters = start(targets)
-    v = stiefel.random(jax.random.key(6), (256, 8), memory=memory)
+    v = draw(jax.random.key(6), (256, 8), memory=memory)
     adapters = {PATH: adapters[PATH]._replace(v=v)}
     tx = lora.eblora(
         optax.adam(1e-2), optax.adam(1e-2), targets=targets, memory_rank=40
@@ -304,8 +308,13 @@ class Sequence:
         return {PATH: jax.grad(loss)(params["layer"]["kernel"])}
 
 
+@functools.cache
+def sequence(memory_rank=9):
+    return Sequence(memory_rank)
+
+
 def test_responses_to_the_inputs_of_old_tasks_stay_exactly():
-    tasks = Sequence()
+    tasks = sequence()
     params, state, after = tasks.params, None, []
     for t in range(3):
         params, state = tasks.learn(params, state, t)
@@ -318,11 +327,11 @@ def test_responses_to_the_inputs_of_old_tasks_stay_exactly():
         # Each task did change the responses to its own inputs.
         before = after[t - 1] if t else tasks.params["layer"]["kernel"]
         assert float(jnp.abs(inputs @ (after[t] - before)).max()) > 1.0
-    assert tasks.traces == 1
+    assert tasks.traces == 1  # over tasks, and over the tests that share it
 
 
 def test_without_a_memory_they_change():
-    tasks = Sequence(memory_rank=None)
+    tasks = sequence(memory_rank=None)
     params, state = tasks.learn(tasks.params, None, 0)
     later, state = tasks.learn(params, state, 1)
     inputs, _ = tasks.batch(0)
@@ -332,7 +341,7 @@ def test_without_a_memory_they_change():
 
 
 def test_begin_task_refuses_old_factors_that_overlap_the_memory():
-    tasks = Sequence()
+    tasks = sequence()
     adapters = lora.eblora_init(
         tasks.targets, tasks.gradients(tasks.params, tasks.batch(0))
     )
@@ -342,7 +351,7 @@ def test_begin_task_refuses_old_factors_that_overlap_the_memory():
 
 
 def test_a_full_memory_raises_where_that_is_the_policy_and_can_grow():
-    tasks = Sequence()
+    tasks = sequence()
     tx = lora.eblora(
         optax.sgd(0.1),
         targets=tasks.targets,
@@ -372,7 +381,7 @@ def test_a_full_memory_raises_where_that_is_the_policy_and_can_grow():
 
 
 def test_projected_moments_lose_what_is_in_the_memory():
-    tasks = Sequence()
+    tasks = sequence()
     adapters, state = tasks.train(
         start(tasks.targets),
         tasks.tx.init(start(tasks.targets)),
