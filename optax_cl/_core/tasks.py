@@ -33,8 +33,6 @@ from optax_cl._core.task_functions import classification as classification
 from optax_cl._core.task_functions import regression as regression
 from optax_cl._core.task_functions import require as require
 
-_map_moments = map_moments
-
 MOMENT_POLICIES = ("keep", "reset", "project")
 
 
