@@ -34,15 +34,16 @@ napoleon_custom_sections = ["Differs from the paper"]
 
 
 def _write_room_pages() -> None:
-    """Writes one page for each public room of the package, as it is today."""
+    """Writes one page for each public module of the package, as it is today."""
     folder = pathlib.Path(__file__).parent / "api" / "rooms"
     folder.mkdir(exist_ok=True)
     pages = {}
-    for module in pkgutil.iter_modules(optax_cl.__path__):
-        if not module.name.startswith("_"):
-            name = f"optax_cl.{module.name}"
-            pages[folder / f"{module.name}.md"] = (
-                f"# `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n"
+    for module in pkgutil.walk_packages(optax_cl.__path__, "optax_cl."):
+        path = module.name.removeprefix("optax_cl.")
+        if not any(part.startswith("_") for part in path.split(".")):
+            pages[folder / f"{path}.md"] = (
+                f"# `{module.name}`\n\n"
+                f"```{{eval-rst}}\n.. automodule:: {module.name}\n```\n"
             )
     for page in set(folder.glob("*.md")) - pages.keys():
         page.unlink()
