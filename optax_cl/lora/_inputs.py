@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cl._core import checks, linalg, streaming, tasks
+from optax_cl.lora import _memory
 from optax_cl.lora._adapters import Targets
 
 LayerInputs = Callable[[Any, Any], chex.ArrayTree]
@@ -80,7 +81,8 @@ def input_pass(targets: Targets) -> tasks.Pass:
     def finish(acc, state, earlier):
         del state, earlier
         return {
-            path: _factor(acc["sum"][path] / acc["items"][path]) for path in targets
+            path: _memory.factor(acc["sum"][path] / acc["items"][path])
+            for path in targets
         }
 
     return tasks.Pass("layer_inputs", lambda s, p: _zeros(targets), step, finish)
@@ -128,11 +130,3 @@ def _add(targets, acc, tree, weights):
         )
         items[path] = acc["items"][path] + weights.sum() * rows.shape[-2]
     return {"sum": sums, "items": items}
-
-
-def _factor(moment):
-    values, vectors = jnp.linalg.eigh(moment)
-    # Below this an eigenvalue is rounding of the sum, and its root would not be small.
-    noise = 4 * jnp.sqrt(float(moment.shape[-1])) * jnp.finfo(moment.dtype).eps
-    keep = values > noise * values[..., -1:]
-    return vectors * jnp.sqrt(jnp.where(keep, values, 0.0))[..., None, :]

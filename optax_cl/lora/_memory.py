@@ -74,6 +74,8 @@ def memory_pass(targets: Targets, statistic: str = "mean") -> tasks.Pass:
         ``"batches"``: a factor F of :math:`F F^\top = \sum_b G_b G_b^\top`,
         :math:`G_b` the gradient of the summed loss of batch b. Near an optimum the mean
         is small and hardly of more than its noise; gradients of batches are not.
+        Directions that hold less than about 1e-6 of the largest one's energy are lost
+        in rounding.
 
     Returns:
       A ``Pass`` with result ``{path: float32 [*batch, in, out]}`` (``[*batch, in, in]``
@@ -103,7 +105,7 @@ def memory_pass(targets: Targets, statistic: str = "mean") -> tasks.Pass:
         del state, earlier
         if statistic == "mean":
             return {path: g / acc["examples"] for path, g in acc["sum"].items()}
-        return {path: _factor(gram) for path, gram in acc["sum"].items()}
+        return {path: factor(gram) for path, gram in acc["sum"].items()}
 
     return tasks.Pass(f"kernel_gradients/{statistic}", init, step, finish)
 
@@ -202,6 +204,10 @@ def off_memory(matrix: chex.Array, memory: chex.Array) -> chex.Array:
     return matrix - linalg.lift(memory, linalg.coefficients(memory, matrix))
 
 
-def _factor(gram):
+def factor(gram: chex.Array) -> chex.Array:
+    """F with ``F F^T = gram``, ``[*batch, in, in]``; zero where that is rounding."""
     values, vectors = jnp.linalg.eigh(gram)
-    return vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]
+    # Below this an eigenvalue is rounding of the sum, and its root would not be small.
+    noise = 4 * jnp.sqrt(float(gram.shape[-1])) * jnp.finfo(gram.dtype).eps
+    keep = values > noise * values[..., -1:]
+    return vectors * jnp.sqrt(jnp.where(keep, values, 0.0))[..., None, :]

@@ -6,6 +6,7 @@ import pytest
 
 import optax_cl
 from optax_cl import lora
+from optax_cl._core import linalg
 from optax_cl.lora import _memory
 
 
@@ -34,7 +35,7 @@ def empty(*shape):
 
 
 def projector(basis):
-    return np.asarray(basis) @ np.asarray(basis).T
+    return np.asarray(basis) @ np.asarray(basis).mT
 
 
 def test_growth_follows_the_rule_over_three_tasks():
@@ -160,6 +161,21 @@ def test_the_pass_over_batches_gives_a_factor_of_their_gram():
     np.testing.assert_allclose(
         factor @ factor.T, sum(g @ g.T for g in sums), rtol=1e-4, atol=1e-4
     )
+
+
+def test_rounding_of_a_sum_of_grams_is_no_direction_of_the_memory():
+    # Roots of its eigenvalues, 1e-7 of the largest, would be 3e-4 of it: directions
+    # that a threshold near one takes in, although no gradient ever had them.
+    draw = np.random.default_rng(0).normal
+    spans = draw(size=(8, 20, 2))
+    gradients = np.float32(np.einsum("kin,bkno->bkio", spans, draw(size=(30, 8, 2, 9))))
+    gram = jnp.zeros((8, 20, 20))
+    for gradient in gradients:
+        gram += linalg.gram(gradient)
+    memory, count = lora.grow_memory(*empty(8, 20, 5), _memory.factor(gram), 1.0)
+    np.testing.assert_array_equal(count, 2)
+    kept = np.einsum("kij,kjn->kin", projector(memory), spans)
+    np.testing.assert_allclose(kept, spans, atol=1e-5)
 
 
 def test_collect_without_the_frozen_weights_says_what_to_pass():
