@@ -252,12 +252,12 @@ _BOTH = ("pixels", "labels")
 def _arms() -> dict[str, Arm]:
     kept = 0.95
     arms = [
-        Arm("LoRA", "lora", streams=_BOTH),
+        Arm("LoRA", "lora"),
         Arm("O-LoRA .1", "lora", strength=0.1),
         Arm("O-LoRA .5", "lora", strength=0.5),
         Arm("O-LoRA projected", "olora-project"),
         Arm("frozen A", "frozen-a", threshold=kept),
-        Arm("EBLoRA", "eblora", threshold=kept, streams=_BOTH),
+        Arm("EBLoRA", "eblora", threshold=kept),
         Arm("EBLoRA steep", "eblora", threshold=kept, decay=0.6),
         Arm("EBLoRA no memory", "eblora"),
         Arm("EBLoRA steep no memory", "eblora", decay=0.6),

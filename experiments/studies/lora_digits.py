@@ -69,7 +69,7 @@ class Config:
         ("pixels", "labels"), quick=("pixels",), help="which streams to run"
     )
     arms: tuple[str, ...] = field((), quick=QUICK, help="names of arms; none: all")
-    seeds: int = field(12, quick=4, minimum=2, help="seeds that are reported")
+    seeds: int = field(10, quick=4, minimum=2, help="seeds that are reported")
     first_seed: int = field(1000, minimum=0, help="the first of them")
     tuning: int = field(3, quick=2, minimum=1, help="seeds that choose learning rates")
     first_tuning_seed: int = field(0, minimum=0, help="the first of them")
