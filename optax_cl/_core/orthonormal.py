@@ -69,6 +69,15 @@ def off_memory(z: chex.Array, memory: chex.Array | None) -> chex.Array:
     return z if memory is None else z - lift(memory, coefficients(memory, z))
 
 
+def unit_scale(matrix: chex.Array) -> chex.Array:
+    """Each matrix divided by its largest entry, which squares then stand; 0 stays 0."""
+    size = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    # In two factors, since compilers divide by multiplying with a reciprocal, and that
+    # of a size near the largest float is below the smallest.
+    root = jax.lax.rsqrt(jnp.where(size > 0, size, 1))
+    return matrix * root * root
+
+
 def identity(like: chex.Array) -> chex.Array:
     """The identity of the size of the last axis, with as many axes as ``like``."""
     eye = jnp.eye(like.shape[-1], dtype=like.dtype)
@@ -79,8 +88,7 @@ def _carefully(y, one_pass: _Pass, memory, otherwise):
     """The factor of a matrix of any scale, rank and condition."""
     finite = jnp.all(jnp.isfinite(y), axis=(-2, -1))
     y = _select(finite, y, otherwise)
-    size = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True)
-    y = off_memory(off_memory(y / jnp.where(size > 0, size, 1), memory), memory)
+    y = off_memory(off_memory(unit_scale(y), memory), memory)
 
     def improve(_, x):
         # A shifted pass keeps the factor and lifts the smallest singular values, in
@@ -137,16 +145,19 @@ def _inverse_root_newton_schulz(gram):
     close = jnp.finfo(gram.dtype).eps ** 0.5
 
     def step(carry):
-        gram, z, _, i = carry
+        gram, z, going, i = carry
         error = jnp.max(jnp.abs(gram - eye), axis=(-2, -1))
-        t = 1.5 * eye - gram / 2
-        # One matrix that is not finite must not stop the others: NaN > close is false.
-        return lift(t, lift(gram, t)), lift(z, t), jnp.any(error > close), i + 1
+        # A matrix that is done waits for the others of its stack as it is, so that
+        # its result depends on none of them.
+        t = _select(going, 1.5 * eye - gram / 2, eye)
+        # One that is not finite is done at once: NaN > close is false.
+        return lift(t, lift(gram, t)), lift(z, t), error > close, i + 1
 
     # The error that is tested is the one before the last step, which squared it.
-    start = (gram, jnp.broadcast_to(eye, gram.shape), jnp.array(True), 0)
+    going = jnp.ones(gram.shape[:-2], bool)
+    start = (gram, jnp.broadcast_to(eye, gram.shape), going, 0)
     _, z, _, _ = jax.lax.while_loop(
-        lambda carry: carry[2] & (carry[3] < _MAX_ITERATIONS), step, start
+        lambda carry: jnp.any(carry[2]) & (carry[3] < _MAX_ITERATIONS), step, start
     )
     return z
 

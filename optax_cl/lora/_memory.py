@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, linalg, tasks
+from optax_cl._core import checks, linalg, orthonormal, tasks
 from optax_cl.lora._adapters import Targets, kernels, replace_kernels
 
 STATISTICS = ("mean", "batches")
@@ -183,8 +183,7 @@ def _missing(memory, gradient, threshold):
     finite = jnp.all(jnp.isfinite(gradient), axis=(-2, -1), keepdims=True)
     gradient = jnp.where(finite, gradient, 0)
     # Only its direction matters, and squares of a small gradient would underflow.
-    size = jnp.max(jnp.abs(gradient), axis=(-2, -1), keepdims=True)
-    gradient = gradient / jnp.where(size > 0, size, 1)
+    gradient = orthonormal.unit_scale(gradient)
     total = jnp.sum(gradient**2, axis=(-2, -1))[..., None]
     covered = jnp.sum(linalg.coefficients(memory, gradient) ** 2, axis=(-2, -1))
     # Twice, since one projection leaves rounding of the size of G, not of R.

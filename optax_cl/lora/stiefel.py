@@ -10,9 +10,9 @@ A step on the manifold is ``retract(x, tangent_project(x, step))``, where ``step
 what an optimizer made of ``riemannian_gradient(x, gradient)``. Nothing may come after
 the retraction: whatever scales or shifts its result leaves the manifold.
 
-Half precision is computed in float32 and rounded at the end. A bfloat16 point is
-orthonormal to about 1.5e-3, and small steps vanish in that rounding: keep a float32
-copy where steps matter.
+Half precision is computed in float32 and rounded at the end. That rounding leaves a
+bfloat16 point orthonormal to some 4e-3 (12 x 3), 1.7e-3 (64 x 8) or 3e-4 (2048 x 32),
+and small steps vanish in it: keep a float32 copy where steps matter.
 
 What the caller holds to: ``x`` is orthonormal and off the memory up to rounding;
 a factor stored wide, ``[r, d]``, is transposed before it comes here.
@@ -69,6 +69,7 @@ def tangent_project(
 
     Raises:
       ValueError: For shapes that do not fit, wide matrices or an unknown metric.
+      TypeError: For dtypes that are not real and floating.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -116,6 +117,7 @@ def riemannian_gradient(
 
     Raises:
       ValueError: For shapes that do not fit, wide matrices or an unknown metric.
+      TypeError: For dtypes that are not real and floating.
 
     References:
       Edelman et al, `The Geometry of Algorithms with Orthogonality Constraints
@@ -166,6 +168,7 @@ def retract(
 
     Raises:
       ValueError: For shapes that do not fit, wide matrices or an unknown method.
+      TypeError: For dtypes that are not real and floating.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -209,7 +212,19 @@ def polar(
 
     ``"newton_schulz"`` iterates :math:`Z \leftarrow Z (3 I - Z G Z) / 2` on the Gram
     matrix G, scaled by a bound of its norm, until it converges. (The quintic of the
-    Muon optimizer is faster and stops at an orthonormality error of about 0.4.)
+    Muon optimizer is faster and stops at singular values from 0.68 to 1.13.)
+
+    Whatever the condition, the result is orthonormal to rounding. How near it is to the
+    polar factor depends on it, since a Gram matrix squares the condition. The largest
+    entry of the error in float32, over 32 matrices of 64 x 8:
+
+    ===================  =====  =====  =====  =====  =====
+    condition            1      10     1e2    1e3    1e4
+    ===================  =====  =====  =====  =====  =====
+    ``"eigh"``           6e-8   5e-7   1e-5   5e-4   2e-3
+    ``"newton_schulz"``  6e-8   5e-7   1e-5   7e-4   4e-3
+    ``"svd"``            2e-7   6e-7   3e-6   3e-5   2e-4
+    ===================  =====  =====  =====  =====  =====
 
     Args:
       y: Matrices, ``[..., d, r]`` with ``d >= r``.
@@ -221,6 +236,7 @@ def polar(
 
     Raises:
       ValueError: For shapes that do not fit, wide matrices or an unknown method.
+      TypeError: For dtypes that are not real and floating.
 
     Example:
       >>> import jax.numpy as jnp
@@ -255,6 +271,7 @@ def transport(
 
     Raises:
       ValueError: For shapes that do not fit, or wide matrices.
+      TypeError: For dtypes that are not real and floating.
     """
     return tangent_project(x_new, z, metric="euclidean", memory=memory)
 
@@ -286,7 +303,10 @@ def random(
 
     Raises:
       ValueError: For shapes that do not fit, or a wide one.
+      TypeError: For a dtype that is not real and floating.
     """
+    _check_floating("dtype", dtype)
+    _check_shape("shape", tuple(shape), memory)
     compute = jnp.promote_types(dtype, jnp.float32)
     normal = jax.random.normal(key, tuple(shape), compute)
     return polar(normal, memory=memory).astype(dtype)
@@ -314,9 +334,19 @@ def _widen(x, z, memory):
 
 
 def _check(name, x, memory):
-    shape, dtype = jnp.shape(x), jnp.result_type(x)
+    _check_floating(name, x)
+    _check_shape(name, jnp.shape(x), memory)
+    if memory is not None:
+        _check_floating("memory", memory)
+
+
+def _check_floating(name, x):
+    dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`{name}` must be real and floating; got dtype {dtype}.")
+
+
+def _check_shape(name, shape, memory):
     if len(shape) < 2 or shape[-1] < 1 or shape[-2] < shape[-1]:
         raise ValueError(
             f"`{name}` must be tall, `[..., d, r]` with d >= r >= 1; got shape {shape}."
@@ -325,14 +355,15 @@ def _check(name, x, memory):
     if memory is None:
         return
     found = jnp.shape(memory)
-    d, r = shape[-2:]
+    *lead, d, r = shape
     if len(found) < 2 or found[-2] != d or found[-1] + r > d:
         raise ValueError(
             f"`memory` must be `[..., d, p]` with the d of `{name}` and p + r <= d, so "
             f"that r directions stay free; got shape {found} for `{name}` of shape "
             f"{shape}."
         )
-    if found[:-2] and jnp.broadcast_shapes(found[:-2], shape[:-2]) != shape[:-2]:
+    axes = zip(reversed(found[:-2]), reversed(lead), strict=False)
+    if len(found) > len(shape) or any(m not in (1, n) for m, n in axes):
         raise ValueError(
             f"The leading axes of `memory` must broadcast to those of `{name}`; got "
             f"shape {found} for `{name}` of shape {shape}."
@@ -340,6 +371,7 @@ def _check(name, x, memory):
 
 
 def _check_like(name, z, x):
+    _check_floating(name, z)
     if jnp.shape(z) != jnp.shape(x):
         raise ValueError(
             f"`{name}` must have the shape of the points, {jnp.shape(x)}; got "

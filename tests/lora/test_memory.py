@@ -78,9 +78,10 @@ def test_threshold_zero_adds_nothing_and_one_adds_the_rank():
     assert int(lora.grow_memory(*empty(10, 8), gradient, 1.0)[1]) == 3
 
 
-def test_scale_of_the_gradient_does_not_matter():
+@pytest.mark.parametrize("scale", [1e-25, 1e38])
+def test_scale_of_the_gradient_does_not_matter(scale):
     gradient = steep(jax.random.key(0), (10, 6))
-    small = lora.grow_memory(*empty(10, 8), 1e-25 * gradient, 0.9)
+    small = lora.grow_memory(*empty(10, 8), scale * gradient, 0.9)
     large = lora.grow_memory(*empty(10, 8), gradient, 0.9)
     assert int(small[1]) == int(large[1]) > 0
     np.testing.assert_allclose(projector(small[0]), projector(large[0]), atol=1e-5)

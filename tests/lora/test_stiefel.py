@@ -1,0 +1,539 @@
+"""What holds for every matrix of orthonormal columns, in the precision of training.
+
+Every function is compiled once, for one stack of matrices: examples vary the values.
+"""
+
+import functools
+
+import hypothesis
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import strategies as st
+
+from optax_cl.lora import stiefel
+
+N, D, R = 6, 12, 3
+ORTHONORMAL, OFF = 5e-6, 1e-6
+
+tangent_project = jax.jit(stiefel.tangent_project, static_argnames="metric")
+riemannian_gradient = jax.jit(stiefel.riemannian_gradient, static_argnames="metric")
+transport = jax.jit(stiefel.transport)
+retract = jax.jit(stiefel.retract, static_argnames="method")
+polar = jax.jit(stiefel.polar, static_argnames="method")
+
+every_metric = pytest.mark.parametrize("metric", stiefel.METRICS)
+every_method = pytest.mark.parametrize("method", stiefel.RETRACTIONS)
+every_polar = pytest.mark.parametrize("method", stiefel.POLARS)
+SEEDS = st.integers(0, 2**32 - 1)
+SIZES = st.floats(-6, 6).map(lambda exponent: 10.0**exponent)
+
+
+def examples(*strategies, most=20):
+    """Hypothesis' draws, a few of them; they come last of a test's arguments."""
+
+    def decorate(test):
+        return hypothesis.settings(max_examples=most)(
+            hypothesis.given(*strategies)(test)
+        )
+
+    return decorate
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape or (N, D, R))
+
+
+def orthonormal(seed, *shape):
+    return np.float32(np.linalg.qr(draw(seed, *shape))[0])
+
+
+# Two directions that are taken, and columns that wait for others.
+MEMORY = np.zeros((D, 4), np.float32)
+MEMORY[:, [0, 2]] = orthonormal(99, D, 2)
+
+
+def off(z, memory=MEMORY):
+    return z - memory @ (memory.T @ z)
+
+
+def point(seed):
+    return np.float32(np.linalg.qr(off(draw(seed)))[0])
+
+
+def tangent(seed, x, size=1.0):
+    z = np.float32(size * draw((seed, 1)))
+    return np.asarray(tangent_project(x, z, memory=MEMORY))
+
+
+def orthonormality(x):
+    x = np.asarray(x, np.float64)
+    return np.abs(x.mT @ x - np.eye(x.shape[-1])).max((-2, -1))
+
+
+def inside(x, memory=MEMORY):
+    return np.abs(np.float64(memory.T) @ np.asarray(x, np.float64)).max()
+
+
+def assert_point(x, message=""):
+    assert orthonormality(x).max() <= ORTHONORMAL, message
+    assert inside(x) <= OFF, message
+
+
+def norm(z):
+    return np.sqrt(np.sum(np.float64(z) ** 2, axis=(-2, -1)))
+
+
+def inner(a, b):
+    return np.sum(np.float64(a) * np.float64(b), axis=(-2, -1))
+
+
+# --- tangent vectors ---
+
+
+@every_metric
+@examples(SEEDS, SIZES)
+def test_tangent_vectors_are_tangent_and_off_the_memory(metric, seed, size):
+    x, z = point(seed), np.float32(size * draw((seed, 1)))
+    xi = np.asarray(tangent_project(x, z, metric=metric, memory=MEMORY))
+    assert np.abs(x.mT @ xi + xi.mT @ x).max() <= 1e-5 * size
+    assert inside(xi) <= 1e-6 * size
+
+
+@examples(SEEDS)
+def test_the_euclidean_map_is_an_orthogonal_projection(seed):
+    x, a, b = point(seed), np.float32(draw((seed, 1))), np.float32(draw((seed, 2)))
+    project = functools.partial(tangent_project, x, memory=MEMORY)
+    once = project(a)
+    np.testing.assert_allclose(project(once), once, atol=1e-5)
+    # Self-adjoint: <a, P b> = <P a, b>.
+    np.testing.assert_allclose(inner(a, project(b)), inner(once, b), atol=1e-4)
+
+
+@examples(SEEDS)
+def test_the_canonical_map_doubles_rotations_so_that_it_is_no_projection(seed):
+    x, skew = point(seed), draw((seed, 1), N, R, R)
+    rotation = x @ np.float32(skew - skew.mT)
+    across = tangent(seed, x)
+    across = across - x @ (x.mT @ across)
+    project = functools.partial(tangent_project, x, metric="canonical", memory=MEMORY)
+    np.testing.assert_allclose(
+        project(rotation + across), 2 * rotation + across, atol=1e-5
+    )
+    single = tangent_project(x, rotation + across, memory=MEMORY)
+    np.testing.assert_allclose(single, rotation + across, atol=1e-5)
+
+
+def test_twice_the_canonical_map_differs_from_once_by_a_quarter():
+    x, z = orthonormal(0, 256, 8), np.float32(draw(1, 256, 8))
+    once = {m: tangent_project(x, z, metric=m) for m in stiefel.METRICS}
+    change = {
+        m: norm(tangent_project(x, once[m], metric=m) - once[m]) / norm(once[m])
+        for m in stiefel.METRICS
+    }
+    # The rotation is doubled again, and nothing else changes.
+    skew = (x.T @ z - z.T @ x) / 2
+    expected = norm(2 * skew) / norm(once["canonical"])
+    assert expected > 0.2
+    assert change["canonical"] == pytest.approx(expected, rel=1e-3)
+    assert change["euclidean"] < 1e-6
+
+
+@every_metric
+@examples(SEEDS)
+def test_weight_decay_and_any_symmetric_factor_map_to_zero(metric, seed):
+    x, a = point(seed), np.float32(draw((seed, 1), N, R, R))
+    project = functools.partial(tangent_project, x, metric=metric, memory=MEMORY)
+    np.testing.assert_allclose(project(0.1 * x), 0, atol=1e-6)
+    np.testing.assert_allclose(project(x @ (a + a.mT)), 0, atol=2e-5)
+    assert norm(project(x @ a)).min() > 1e-3
+
+
+@examples(SEEDS)
+def test_transport_gives_tangent_vectors_of_the_new_point_and_lengthens_none(seed):
+    old, new = point(seed), point((seed, 9))
+    z = tangent(seed, old)
+    carried = np.asarray(transport(new, z, memory=MEMORY))
+    assert np.abs(new.mT @ carried + carried.mT @ new).max() <= 1e-5
+    assert inside(carried) <= OFF
+    assert (norm(carried) <= norm(z) * (1 + 1e-6)).all()
+
+
+# --- retractions ---
+
+
+@every_method
+@examples(SEEDS, SIZES)
+def test_a_step_of_any_size_ends_on_the_manifold_and_off_the_memory(method, seed, size):
+    x = point(seed)
+    xi = tangent(seed, x, size)
+    assert_point(retract(x, xi, method=method, memory=MEMORY))
+
+
+@every_method
+@examples(SEEDS)
+def test_no_step_is_no_change(method, seed):
+    x = point(seed)
+    still = retract(x, np.zeros_like(x), method=method, memory=MEMORY)
+    np.testing.assert_allclose(still, x, atol=1e-6)
+
+
+@every_method
+@examples(SEEDS)
+def test_columns_of_zeros_in_the_memory_do_no_harm(method, seed):
+    x = point(seed)
+    xi = tangent(seed, x)
+    found = retract(x, xi, method=method, memory=MEMORY)
+    other = retract(x, xi, method=method, memory=MEMORY[:, [3, 0, 1, 2]])
+    np.testing.assert_allclose(other, found, atol=1e-6)
+
+
+def numpy_polar(y):
+    u, _, vt = np.linalg.svd(y, full_matrices=False)
+    return u @ vt
+
+
+def project_once_before(y):
+    return numpy_polar(off(y))
+
+
+def project_after(y):
+    return off(numpy_polar(y))
+
+
+@pytest.mark.parametrize("method", ["polar", "newton_schulz", "qr"])
+def test_a_step_into_the_memory_leaves_nothing_there(method):
+    x = point(0)
+    into = 1e4 * MEMORY @ np.float32(draw(1, N, 4, R))
+    xi = tangent(2, x) + into
+    found = retract(x, xi, method=method, memory=MEMORY)
+    assert_point(found)
+    # Each wrong form loses one of the two: what one projection leaves is a share of
+    # what was there, and a projection afterwards shortens columns.
+    assert inside(project_once_before(x + xi)) > 100 * OFF
+    assert orthonormality(project_after(x + xi)).min() > 0.1
+
+
+@every_method
+@every_metric
+def test_a_small_step_against_the_gradient_descends_by_its_length(method, metric):
+    x, target = point(0), np.float32(draw(1))
+    g = x - target  # of |x - target|^2 / 2
+    rho = riemannian_gradient(x, g, metric=metric, memory=MEMORY)
+    t = np.float32(1e-3)
+    moved = retract(x, -t * rho, method=method, memory=MEMORY)
+    descent = norm(x - target) ** 2 / 2 - norm(moved - target) ** 2 / 2
+    assert (descent > 0).all()
+    np.testing.assert_allclose(descent, t * inner(g, rho), rtol=0.05)
+
+
+@pytest.mark.parametrize("method", ["polar", "newton_schulz"])
+@examples(SEEDS)
+def test_polar_is_nearer_than_any_other_point(method, seed):
+    x, xi = point(seed), np.float32(draw((seed, 1)))
+    y = off(x + xi)
+    found = np.asarray(retract(x, xi, method=method, memory=MEMORY))
+    reach = norm(found - y)
+    turn = np.linalg.qr(np.eye(R) + 0.01 * draw((seed, 2), N, R, R))[0]
+    others = [
+        retract(x, xi, method="qr", memory=MEMORY),
+        retract(found, tangent(seed, found, 0.01), method="polar", memory=MEMORY),
+        found @ np.float32(turn),
+        point((seed, 3)),
+    ]
+    for other in others:
+        assert (reach <= norm(other - y) + 1e-6).all()
+
+
+def rotations(seed):
+    return np.float32(np.linalg.qr(draw(seed, N, R, R))[0])
+
+
+@every_method
+def test_a_rotation_of_the_columns_commutes_with_all_but_qr(method):
+    x, turn = point(0), rotations(3)
+    xi = tangent(0, x)
+    found = retract(x @ turn, xi @ turn, method=method, memory=MEMORY)
+    expected = retract(x, xi, method=method, memory=MEMORY) @ turn
+    if method == "qr":
+        assert np.abs(found - expected).max((-2, -1)).min() > 0.01
+    else:
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@every_method
+def test_a_change_of_gauge_leaves_the_product_after_a_step_alone(method):
+    g = np.float32(draw(2, N, D, D))  # of a loss linear in s u v^T
+
+    def product_after_a_step(s, u, v):
+        def step(x, gradient):
+            xi = tangent_project(x, -0.3 * gradient, memory=MEMORY)
+            return np.asarray(retract(x, xi, method=method, memory=MEMORY))
+
+        return s * step(u, s * g @ v) @ step(v, s * g.mT @ u).mT
+
+    u, v, turn, s = point(0), point(1), rotations(3), np.float32(0.7)
+    expected = product_after_a_step(s, u, v)
+    flipped = product_after_a_step(-s, -u, v)
+    turned = product_after_a_step(s, u @ turn, v @ turn)
+    if method == "qr":
+        assert np.abs(turned - expected).max() > 0.01
+    else:
+        np.testing.assert_allclose(flipped, expected, atol=5e-6)
+        np.testing.assert_allclose(turned, expected, atol=5e-6)
+
+
+# --- many steps ---
+
+# Pulls x towards the leading eigenvectors of a matrix: f = - tr(x^T H x) / 2.
+HESSIAN = (lambda h: np.float32(h @ h.mT / D))(draw(5, N, D, D))
+ADAM = optax.adam(0.01)
+
+
+@jax.jit
+def adam_step(x, state):
+    g = stiefel.riemannian_gradient(x, -jnp.asarray(HESSIAN) @ x, memory=MEMORY)
+    step, state = ADAM.update(g, state)
+    return stiefel.tangent_project(x, step, memory=MEMORY), state
+
+
+@every_method
+def test_errors_do_not_build_up_over_three_thousand_adam_steps(method):
+    x = point(0)
+    state = ADAM.init(x)
+    worst = leak = 0.0
+    for _ in range(3000):
+        xi, state = adam_step(x, state)
+        x = np.asarray(retract(x, xi, method=method, memory=MEMORY))
+        worst = max(worst, orthonormality(x).max())
+        leak = max(leak, inside(x))
+    assert worst <= ORTHONORMAL
+    assert leak <= OFF
+    # They did move, and to where the objective is least.
+    allowed = np.eye(D) - MEMORY @ MEMORY.T
+    values = np.linalg.eigvalsh(allowed @ HESSIAN @ allowed)[:, -R:].sum(-1)
+    np.testing.assert_allclose(inner(x, HESSIAN @ x), values, rtol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_tangent_steps_without_a_retraction_diverge():
+    x = point(0)
+    state = ADAM.init(x)
+    for _ in range(3000):
+        xi, state = adam_step(x, state)
+        x = x + np.asarray(xi)
+    assert not (np.abs(x).max() < 1e6)
+
+
+def muon(y):
+    """Five steps of the quintic that the Muon optimizer orthogonalizes with."""
+    y = y / norm(y)[:, None, None]
+    for _ in range(5):
+        gram = y.mT @ y
+        y = 3.4445 * y + y @ (-4.775 * gram + 2.0315 * gram @ gram)
+    return y
+
+
+def test_the_quintic_of_muon_is_no_retraction():
+    # It stops at singular values between 0.68 and 1.13, which is an error of 0.53 at
+    # the worst: that of a point which takes no step.
+    x = point(0)
+    assert orthonormality(muon(x)).max() == pytest.approx(0.53, abs=0.01)
+    found = retract(x, np.zeros_like(x), method="polar", memory=MEMORY)
+    assert orthonormality(found).max() <= ORTHONORMAL
+    steep = orthonormal(1, 1, 40, 20) * np.logspace(0, -1, 20)
+    values = np.linalg.svd(muon(steep), compute_uv=False)
+    assert values.min() < 0.75
+    assert values.max() > 1.1
+
+
+# --- precision ---
+
+
+def test_bfloat16_is_the_float32_result_rounded():
+    x, xi = (jnp.asarray(a, jnp.bfloat16) for a in (point(0), 0.1 * draw(1)))
+    found = retract(x, xi, method="polar", memory=MEMORY)
+    assert found.dtype == jnp.bfloat16
+    wide = retract(np.float32(x), np.float32(xi), method="polar", memory=MEMORY)
+    np.testing.assert_allclose(
+        np.float32(found), np.asarray(wide), rtol=2.0**-8, atol=1e-6
+    )
+    # The error of what is stored, outside jit: inside, the rounding may be left out.
+    assert 5e-4 < orthonormality(np.float32(found)).max() < 6e-3
+
+
+@every_polar
+def test_polar_comes_as_near_as_its_documentation_says(method):
+    near = {
+        "eigh": {1: 3e-7, 1e1: 2e-6, 1e2: 6e-5, 1e3: 3e-3, 1e4: 2e-2},
+        "svd": {1: 1e-6, 1e1: 1e-6, 1e2: 1e-5, 1e3: 1e-4, 1e4: 1e-3},
+    }
+    u, v = np.float64(point(0)), np.float64(rotations(1))
+    for condition, tolerance in near.get(method, near["eigh"]).items():
+        y = np.float32((u * np.logspace(0, -np.log10(condition), R)) @ v.mT)
+        found = polar(y, method=method, memory=MEMORY)
+        assert_point(found, condition)
+        expected = numpy_polar(np.float64(y))
+        np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+# --- matrices without an answer of their own, and their neighbours ---
+
+
+def with_entry(value):
+    return lambda y: np.where(np.arange(y.size).reshape(y.shape) == 1, value, y)
+
+
+BAD = {
+    "zero": np.zeros_like,
+    "deficient": lambda y: y[:, [0, 1, 0]],
+    "nan": with_entry(np.nan),
+    "inf": with_entry(np.inf),
+    "huge": lambda y: 1e38 * np.sign(y),
+    "small": lambda y: 1e-30 * y,  # and its Gram matrix is zero
+    "tiny": lambda y: 1e-38 * y,  # and below the smallest normal float
+}
+every_bad = pytest.mark.parametrize("kind", BAD)
+
+
+def spoil_one(y, kind):
+    y = np.array(y, np.float32)
+    y[2] = BAD[kind](y[2])
+    return y
+
+
+def assert_only_one_differs(found, expected):
+    others = np.arange(N) != 2
+    np.testing.assert_array_equal(np.asarray(found)[others], expected[others])
+    assert_point(found)
+
+
+@every_bad
+@every_method
+def test_a_bad_step_leaves_the_others_of_its_stack_bitwise_alone(method, kind):
+    x = point(0)
+    xi = tangent(0, x)
+    # Of the sum, since that is what a retraction has to make sense of.
+    bad = spoil_one(x + xi, kind)[2] - x[2]
+    found = retract(
+        x,
+        np.where(np.arange(N)[:, None, None] == 2, bad, xi),
+        method=method,
+        memory=MEMORY,
+    )
+    expected = np.asarray(retract(x, xi, method=method, memory=MEMORY))
+    assert_only_one_differs(found, expected)
+    if kind in ("nan", "inf"):
+        np.testing.assert_allclose(found[2], x[2], atol=1e-6)
+
+
+@every_bad
+@every_polar
+def test_a_bad_matrix_leaves_the_others_of_its_stack_bitwise_alone(method, kind):
+    y = np.float32(draw(0))
+    expected = np.asarray(polar(y, method=method, memory=MEMORY))
+    bad = spoil_one(y, kind)
+    found = polar(bad, method=method, memory=MEMORY)
+    assert_only_one_differs(found, expected)
+    np.testing.assert_array_equal(found, polar(bad, method=method, memory=MEMORY))
+    if kind in ("huge", "small"):
+        same = numpy_polar(off(np.sign(y[2]) if kind == "huge" else y[2]))
+        np.testing.assert_allclose(found[2], same, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "newton_schulz",
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in stiefel.RETRACTIONS
+            if m != "newton_schulz"
+        ),
+    ],
+)
+def test_vmap_gives_what_a_stack_gives(method):
+    function = functools.partial(stiefel.retract, method=method, memory=MEMORY)
+    mapped = jax.jit(jax.vmap(function))
+    x = point(0)
+    xi = tangent(0, x)
+    expected = np.asarray(retract(x, xi, method=method, memory=MEMORY))
+    found = np.asarray(mapped(x, xi))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    for kind in BAD:
+        bad = spoil_one(xi, kind)
+        assert_only_one_differs(mapped(x, bad), found)
+
+
+# --- arguments, devices ---
+
+MISFITS = [
+    ("wide", dict(x=(3, 9)), ValueError, r"`x` must be tall.*got shape \(3, 9\)"),
+    ("vector", dict(x=(9,)), ValueError, "`x` must be tall"),
+    ("columns", dict(memory=(9, 7)), ValueError, r"`memory`.*p \+ r <= d.*\(9, 7\)"),
+    ("rows", dict(memory=(8, 2)), ValueError, r"`memory`.*\(8, 2\).*\(9, 3\)"),
+    ("stack", dict(memory=(2, 9, 2)), ValueError, r"leading axes of `memory`"),
+    (
+        "axes",
+        dict(x=(3, 9, 3), z=(3, 9, 3), memory=(2, 9, 2)),
+        ValueError,
+        r"leading axes of `memory`.*\(2, 9, 2\).*\(3, 9, 3\)",
+    ),
+    ("other", dict(z=(9, 2)), ValueError, r"`(z|xi)` must have the shape.*\(9, 2\)"),
+    ("whole", dict(dtype=np.int32), TypeError, "`x` must be real and floating.*int32"),
+    ("complex", dict(dtype=np.complex64), TypeError, "`x` must be.*complex64"),
+    ("whole_z", dict(z_dtype=np.int32), TypeError, "`(z|xi)` must be real.*int32"),
+    (
+        "complex_memory",
+        dict(memory_dtype=np.complex64),
+        TypeError,
+        "`memory` must be real.*complex64",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "function", [stiefel.tangent_project, stiefel.riemannian_gradient, stiefel.retract]
+)
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [pytest.param(*rest, id=name) for name, *rest in MISFITS],
+)
+def test_what_does_not_fit_is_named(function, given, error, words):
+    x = np.ones(given.get("x", (9, 3)), given.get("dtype", np.float32))
+    z = np.ones(given.get("z", x.shape), given.get("z_dtype", np.float32))
+    memory = np.zeros(
+        given.get("memory", (9, 2)), given.get("memory_dtype", np.float32)
+    )
+    with pytest.raises(error, match=words):
+        function(x, z, memory=memory)
+
+
+def test_an_unknown_choice_is_told_the_known_ones():
+    x = orthonormal(0, D, R)
+    with pytest.raises(ValueError, match=r"`method`.*polar.*newton_schulz.*qr.*cayley"):
+        stiefel.retract(x, x, method="exp")
+    with pytest.raises(ValueError, match=r"`metric`.*euclidean.*canonical"):
+        stiefel.tangent_project(x, x, metric="flat")
+    with pytest.raises(ValueError, match=r"`method`.*eigh.*newton_schulz.*svd"):
+        stiefel.polar(x, method="qr")
+
+
+def test_random_points_must_be_tall_and_floating():
+    with pytest.raises(ValueError, match=r"`shape`.*\(3, 9\)"):
+        stiefel.random(jax.random.key(0), (3, 9))
+    with pytest.raises(TypeError, match=r"`dtype`.*int32"):
+        stiefel.random(jax.random.key(0), (9, 3), dtype=jnp.int32)
+
+
+@pytest.mark.parametrize("memory", [None, MEMORY], ids=["free", "memory"])
+@every_method
+def test_retractions_lower_for_every_platform(method, memory):
+    platforms = ("cpu", "cuda", "tpu")
+    step = jax.jit(functools.partial(stiefel.retract, method=method, memory=memory))
+    exported = jax.export.export(step, platforms=platforms)(point(0), point(1))
+    assert exported.platforms == platforms
+    assert exported.out_avals[0].shape == (N, D, R)
