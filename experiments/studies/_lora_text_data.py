@@ -165,9 +165,10 @@ def mine(settings: Settings, data: Data, examples: int) -> np.ndarray:
     targets = lora.targets(
         data.adapted, {settings.pattern: 1}, alpha=1.0, matrices=_views()
     )
+    data = jax.tree.map(jnp.asarray, data)
 
     @jax.jit
-    def gradient(task):
+    def gradient(data, task):
         batch = _take(data.train, data.words, task, jnp.arange(examples))
         stacked = jax.tree.map(
             lambda x: x.reshape(-1, settings.batch, *x.shape[1:]), batch
@@ -182,7 +183,7 @@ def mine(settings: Settings, data: Data, examples: int) -> np.ndarray:
 
     flat = []
     for task in range(len(data.words)):
-        leaves = jax.tree.leaves(gradient(jnp.int32(task)))
+        leaves = jax.tree.leaves(gradient(data, jnp.int32(task)))
         vector = np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in leaves])
         flat.append(vector / max(np.linalg.norm(vector), 1e-30))
     return np.stack(flat) @ np.stack(flat).T
