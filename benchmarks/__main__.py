@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +16,10 @@ import numpy as np
 import optax
 
 import optax_cl
-from benchmarks import digits, timing
+from benchmarks import digits, eblora, lora_training, retractions, timing
+from benchmarks.timing import Row
 from experiments import cli
 from experiments.models import byte_lm
-
-
-class Row(NamedTuple):
-    """One line of the table."""
-
-    what: str
-    ratio: str
-    budget: str
-    met: bool | None
-    note: str
 
 
 def tree_of(shapes: list[tuple[int, ...]], seed: int) -> dict[str, jax.Array]:
@@ -298,6 +288,22 @@ def _evaluation_row(images: int, plain: timing.Step, pairs: int) -> Row:
     return row._replace(note=f"{more:.2f} times the FLOPs, by XLA's count")
 
 
+def retraction_rows(pairs: int) -> list[Row]:
+    """Retractions of 60 factors of 576 x 16; ``benchmarks.retractions`` has more."""
+    size = {"dimensions": (576,), "ranks": (16,), "batches": (60,)}
+    return [
+        Row(
+            f"retraction {row.method}, memory of {row.memory} / optax.adamw",
+            f"{row.times.median:.2f} [{row.times.low:.2f}, {row.times.high:.2f}]",
+            "",
+            None,
+            f"{row.times.seconds * 1e3:.2f} ms; {row.batch} x {row.d} x {row.r}",
+        )
+        for memory in (0, 64)
+        for row in retractions.rows(pairs=pairs, memory=memory, **size)
+    ]
+
+
 def _in_own_process(suite: str, pairs: int) -> bool:
     """Runs a suite that wants devices of its own; says whether it met its budgets."""
     command = [sys.executable, "-m", "benchmarks", "--only", suite]
@@ -342,6 +348,9 @@ def main(argv: list[str] | None = None) -> int:
         ("moments", lambda: moment_rows(args.pairs, args.million)),
         ("attenuation", lambda: [attenuation_row(args.pairs)]),
         ("training", lambda: [training_row(args.pairs)]),
+        ("eblora", lambda: eblora.rows(args.pairs)),
+        ("adapters", lambda: lora_training.rows(max(3, args.pairs // 5))),
+        ("retractions", lambda: retraction_rows(max(3, args.pairs // 3))),
         ("digits", lambda: digits_rows(max(3, args.pairs // 3))),
         ("compile", lambda: [compile_row(5)]),
         ("recompilations", lambda: [recompilation_row()]),

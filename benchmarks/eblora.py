@@ -6,7 +6,6 @@ widths; and against the Riemannian Adam of geoopt, where it is installed.
 """
 
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import optax
 
 import optax_cl
 from benchmarks import timing
+from benchmarks.timing import Row
 from optax_cl import lora
 
 LAYERS, WIDTH, RANK = 30, 576, 16
@@ -22,16 +22,6 @@ BUDGET = 6.0  # without a memory
 FASTER = 20.0  # than geoopt
 # geoopt 0.5.1 on two cores of the same kind, for where it is not installed.
 GEOOPT_MS = 310.0
-
-
-class Row(NamedTuple):
-    """One line of the table."""
-
-    what: str
-    ratio: str
-    budget: str
-    met: bool | None
-    note: str
 
 
 def rows(pairs: int) -> list[Row]:

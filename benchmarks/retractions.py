@@ -72,15 +72,18 @@ def _compared(batch, d, r, memory, pairs):
         return optax.apply_updates(params, updates), state
 
     plain = timing.compile_step(base, (jnp.array(x), adamw.init(x)), direction)
-    for method in stiefel.RETRACTIONS:
-        step = timing.compile_step(
-            lambda x, xi, basis, method=method: stiefel.retract(
-                x, xi, method=method, memory=basis
-            ),
-            jnp.array(x),
-            xi,
-            basis,
+
+    def retract(method):
+        if method == "svd":  # the polar map as the papers' code computes it
+            return lambda x, xi, memory: stiefel.polar(
+                x + xi, method="svd", memory=memory
+            )
+        return lambda x, xi, memory: stiefel.retract(
+            x, xi, method=method, memory=memory
         )
+
+    for method in (*stiefel.RETRACTIONS, "svd"):
+        step = timing.compile_step(retract(method), jnp.array(x), xi, basis)
         yield method, timing.compare(step, plain, pairs=pairs)
 
 

@@ -9,6 +9,16 @@ import jax
 import numpy as np
 
 
+class Row(NamedTuple):
+    """One line of the table of speed."""
+
+    what: str
+    ratio: str
+    budget: str
+    met: bool | None
+    note: str
+
+
 class Ratio(NamedTuple):
     """A ratio of times, pair by pair."""
 
