@@ -190,8 +190,9 @@ def test_random_points_have_the_moments_of_the_haar_measure():
 @pytest.fixture(scope="module")
 def pymanopt():
     with pytest.MonkeyPatch.context() as patch:
-        # It imports whatever it might differentiate with, which takes seconds.
-        for name in ("autograd", "tensorflow", "torch"):
+        # It imports whatever it might differentiate with. That takes seconds, and
+        # where it finds JAX it turns on 64 bits, for all tests that come after.
+        for name in ("autograd", "jax", "tensorflow", "torch"):
             patch.setitem(sys.modules, name, None)
         return pytest.importorskip("pymanopt.manifolds").Stiefel
 
