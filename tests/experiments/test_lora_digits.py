@@ -90,6 +90,7 @@ def test_a_steep_view_has_the_norm_of_a_flat_one():
     np.testing.assert_allclose(norms[0], 0.5 * np.sqrt(8), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_arms_of_a_seed_start_from_the_same_network(run):
     *_, loaded = run
     first = loaded["pixels"]["EBLoRA"].matrix[:, :, 0]
@@ -99,6 +100,7 @@ def test_all_arms_of_a_seed_start_from_the_same_network(run):
     assert (loaded["pixels"]["EBLoRA"].base[:, :, 0] > 0.95).all()
 
 
+@pytest.mark.slow
 def test_eblora_keeps_its_spectrum_flat_and_the_steep_arm_steep(run):
     *_, loaded = run
     flat = loaded["pixels"]["EBLoRA"].singular
@@ -107,6 +109,7 @@ def test_eblora_keeps_its_spectrum_flat_and_the_steep_arm_steep(run):
     np.testing.assert_allclose(steep[..., 1:] / steep[..., :-1], 0.6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_memory_grows_from_task_to_task_and_only_where_there_is_one(run):
     *_, loaded = run
     columns = loaded["pixels"]["EBLoRA"].memory.sum(-1)
@@ -115,6 +118,7 @@ def test_the_memory_grows_from_task_to_task_and_only_where_there_is_one(run):
     assert not loaded["pixels"]["SLICE 1"].memory.any()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_its_own_forgets_nothing(run):
     *_, loaded = run
     matrix = loaded["pixels"]["LoRA per task"].matrix
@@ -124,6 +128,7 @@ def test_an_adapter_of_its_own_forgets_nothing(run):
             np.testing.assert_array_equal(matrix[..., later, task], learned)
 
 
+@pytest.mark.slow
 def test_without_a_conflict_slice_is_lora_ga(run):
     *_, loaded = run
     one, other = loaded["pixels"]["SLICE 1"], loaded["pixels"]["init LoRA-GA"]
@@ -155,6 +160,7 @@ def test_the_best_rate_is_chosen_on_the_tuning_seeds_alone():
     np.testing.assert_allclose(arm.at_rate.final, 0.1)
 
 
+@pytest.mark.slow
 def test_the_report_holds_tables_figures_and_claims(run, tmp_path):
     folder, numbers, _ = run
     content = lora_digits.report(folder)
