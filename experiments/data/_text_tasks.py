@@ -15,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.data import _checksums, _fetch, _streams
+from experiments.data._errors import DataError
 from experiments.data._fetch import Source
 
 NAME = "text6"
+MOST_ANSWERS = 20  # of a task in a folder
 TEST_SHARE = 0.2  # where a source comes without a test part
 GROUPS = {
     "rec.sport.hockey": "hockey",
@@ -77,14 +79,63 @@ def get() -> Path:
     return folder
 
 
-def load_text_tasks() -> tuple[TextTask, ...]:
-    """The six tasks, in the order in which the study learns them.
+def load_text_tasks(source: str = NAME) -> tuple[TextTask, ...]:
+    """Text classification tasks, in the order in which the study learns them.
+
+    Args:
+      source: ``"text6"``, or a folder with one folder per task that holds
+        ``train.json`` and ``test.json`` in the form of Super-NaturalInstructions:
+        ``{"Definition": [question], "Instances": [{"input": text, "output": answer}]}``
+        with few different answers.
 
     Raises:
-      DataError: If they have not been fetched, or a file is damaged.
+      DataError: If the data have not been fetched, a file is missing or damaged, or a
+        task has no fixed set of answers.
     """
+    if source != NAME:
+        return _read_folder(Path(source))
     texts = _streams.read_fetched(NAME)
     return tuple(_task(name, texts[name].decode()) for name in QUESTIONS)
+
+
+def _read_folder(folder: Path) -> tuple[TextTask, ...]:
+    names = sorted(p.name for p in folder.glob("*") if (p / "train.json").is_file())
+    if len(names) < 2:
+        raise DataError(
+            f"There is no {str(folder)!r} of text tasks: a folder is wanted with at "
+            f"least two folders that hold train.json and test.json; it has {names}."
+        )
+    tasks = []
+    for name in names:
+        parts, question = {}, ""
+        for part in ("train", "test"):
+            path = folder / name / f"{part}.json"
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                question = content["Definition"][0].strip()
+                parts[part] = [
+                    (row["input"], _first_answer(row["output"]))
+                    for row in content["Instances"]
+                ]
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                raise DataError(
+                    f"{path} is missing, or not in the form of "
+                    f"Super-NaturalInstructions ({type(error).__name__}: {error})."
+                ) from error
+        answers = tuple(sorted({a for rows in parts.values() for _, a in rows}))
+        if not 2 <= len(answers) <= MOST_ANSWERS:
+            raise DataError(
+                f"{folder / name} has {len(answers)} different answers; the study asks "
+                f"questions with 2 to {MOST_ANSWERS}. Leave the task out of the folder."
+            )
+        index = {answer: i for i, answer in enumerate(answers)}
+        rows = {k: tuple((t, index[a]) for t, a in v) for k, v in parts.items()}
+        tasks.append(TextTask(name, question, answers, rows["train"], rows["test"]))
+    return tuple(tasks)
+
+
+def _first_answer(output: str | list[str]) -> str:
+    return output if isinstance(output, str) else output[0]
 
 
 def _task(name: str, lines: str) -> TextTask:

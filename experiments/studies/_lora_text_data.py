@@ -291,17 +291,16 @@ def _answer_losses(settings, data, params, batch, targets, adapters):
 def _accuracy(settings, data, params, task, targets, adapters):
     words = data.words[task]
 
-    def right(chunk):
+    def right(example):
+        chunk = jax.tree.map(lambda x: x[None], example)
         logits = _last_logits(
             settings, data, params, chunk.tokens, chunk.last, targets, adapters
         )
         scores = jnp.where(words >= 0, logits[:, words], -jnp.inf)
-        return scores.argmax(-1) == chunk.answer
+        return scores.argmax(-1)[0] == example.answer
 
-    chunks = jax.tree.map(
-        lambda x: x[task].reshape(-1, _CHUNK, *x.shape[2:]), data.test
-    )
-    return jax.lax.map(right, chunks).mean()
+    examples = jax.tree.map(lambda x: x[task], data.test)
+    return jax.lax.map(right, examples, batch_size=_CHUNK).mean()
 
 
 def _general_loss(settings, data, params):

@@ -16,6 +16,9 @@ cosine .21 to .28). Here all pairs of a pool of yes-no questions are ranked by t
 cosine of their mean gradients at the pre-trained weights, the lowest are learnt one
 after the other, and SLICE is compared with LoRA-GA where its gate can open.
 
+**Other tasks.** ``--source`` takes a folder of tasks in the form of
+Super-NaturalInstructions, if their answers are a few words that start differently.
+
 **Measures.** Accuracy on held-out texts, as for the digits; and the loss on text of no
 task, in nats per token: what the model forgets of its language.
 
@@ -62,7 +65,7 @@ _TRAIN = {"sequence": 1024, "mined": 256}  # texts of each task
 
 
 _STREAM_WORDS = {
-    "sequence": "six text tasks",
+    "sequence": "text tasks one after another",
     "mined": "pairs of questions that conflict",
 }
 
@@ -74,11 +77,15 @@ class Config:
     streams: tuple[Literal["sequence", "mined"], ...] = field(
         ("sequence", "mined"), quick=("sequence",), help="which streams to run"
     )
+    source: str = field(
+        "text6",
+        help="text6, or a folder of tasks in the form of Super-NaturalInstructions",
+    )
     size: Literal["small", "full"] = field(
         "small", help="small: first layers, two CPU cores; full: a GPU"
     )
     arms: tuple[str, ...] = field(CORE, quick=QUICK, help="names of arms")
-    tasks: int = field(6, quick=3, minimum=2, maximum=6, help="tasks of a sequence")
+    tasks: int = field(6, quick=3, minimum=2, help="most tasks of a sequence")
     seeds: int = field(3, quick=2, minimum=2, help="orders (and pairs) reported")
     first_seed: int = field(1000, minimum=0, help="the first of them")
     tuning: int = field(0, minimum=0, help="orders that choose learning rates")
@@ -112,7 +119,7 @@ def check(config: Config) -> None:
             f"the seeds {both} would choose learning rates and be reported; move "
             "`--first-seed` or `--first-tuning-seed`."
         )
-    data.load_text_tasks()
+    data.load_text_tasks(config.source)
     data.model_file("smollm2")
 
 
@@ -137,7 +144,8 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
     tuning, reported = results.seeds(config)
     seeds = tuning + reported
     chosen = programs(config)
-    work = {"sequence": config.tasks, "mined": 2}
+    tasks = data.load_text_tasks(config.source)
+    work = {"sequence": min(config.tasks, len(tasks)), "mined": 2}
     per_stream = {s: work[s] * size["steps"] * len(seeds) for s in config.streams}
     each = [per_stream[stream] for pairs in chosen.values() for _, stream in pairs]
     context.progress.plan(sum(each) * len(config.rates))
@@ -149,11 +157,14 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
     general = text.windows(
         data.load_stream("mini8"), model.tokenizer, size["length"], _GENERAL_WINDOWS
     )
-    tasks = data.load_text_tasks()
     for stream in config.streams:
         pool = tasks if stream == "sequence" else text.yes_no_pool(tasks)
         words, train, test = text.encode(
-            pool, model.tokenizer, size["length"], _TRAIN[stream], size["test"]
+            pool,
+            model.tokenizer,
+            size["length"],
+            min(_TRAIN[stream], *(len(task.train) for task in pool)),
+            min(size["test"], *(len(task.test) for task in pool)),
         )
         settings = text.Settings(
             cut, pattern, _RANK, size["batch"], work[stream], _EXAMPLES
@@ -163,7 +174,7 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
         )
         if stream == "sequence":
             order = [
-                np.random.default_rng(seed).permutation(len(pool))[: config.tasks]
+                np.random.default_rng(seed).permutation(len(pool))[: work[stream]]
                 for seed in seeds
             ]
             order = np.stack(order).astype(np.int32)
