@@ -5,6 +5,7 @@ matrix, :math:`Z^\top (Y^\top Y) Z = I`. The symmetric root gives the polar fact
 the triangular one its Q factor.
 """
 
+import functools
 from collections.abc import Callable
 
 import chex
@@ -24,6 +25,8 @@ _MAX_ITERATIONS = 64
 _Pass = Callable[[chex.Array, bool], tuple[chex.Array, chex.Array, chex.Array]]
 
 
+# Called by itself, outside any jit, the loops would be compiled anew each time.
+@functools.partial(jax.jit, static_argnames="method")
 def orthonormalize(
     y: chex.Array,
     method: str,
