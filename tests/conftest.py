@@ -15,6 +15,9 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Scripts that made reference files, with packages that the project does not use.
+collect_ignore_glob = ["*/reference/make_*.py"]
+
 hypothesis.settings.register_profile(
     "optax_cl", deadline=None, derandomize=True, print_blob=True
 )
