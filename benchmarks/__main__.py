@@ -5,7 +5,6 @@ it stand XLA's own counts, which do not depend on the machine's mood.
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import optax
 import optax_cl
 from benchmarks import digits, eblora, lora_training, retractions, timing
 from benchmarks.timing import Row
-from experiments import cli
 from experiments.models import byte_lm
 
 
@@ -304,17 +302,6 @@ def retraction_rows(pairs: int) -> list[Row]:
     ]
 
 
-def _in_own_process(suite: str, pairs: int) -> bool:
-    """Runs a suite that wants devices of its own; says whether it met its budgets."""
-    command = [sys.executable, "-m", "benchmarks", "--only", suite]
-    done = subprocess.run(
-        [*command, "--pairs", str(pairs)], stdout=subprocess.PIPE, text=True
-    )
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    print(*rows[1:], sep="\n")  # Without the table's head.
-    return done.returncode == 0
-
-
 def _row(what, ratio, budget, counts, band) -> Row:
     note = (
         f"{ratio.seconds * 1e3:.1f} ms against {ratio.base_seconds * 1e3:.1f}; XLA: "
@@ -358,19 +345,13 @@ def main(argv: list[str] | None = None) -> int:
     chosen = {name: run for name, run in suites if args.only in name}
     if not chosen:
         parser.error(f"--only {args.only!r} matches none of {[n for n, _ in suites]}")
-    if set(chosen) == {"digits"}:
-        # One device per core, as the studies run; the other rows are about one device.
-        cli.make_devices(None)
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     print(f"jax {jax.__version__}, {kind}, {count} device(s)")
     print(
         "| what | ratio, median [quartiles] | budget | met | |\n|---|---|---|---|---|"
     )
     failed = False
-    for name, run in chosen.items():
-        if name == "digits" and len(chosen) > 1:
-            failed |= not _in_own_process(name, args.pairs)
-            continue
+    for run in chosen.values():
         for row in run():
             met = {True: "yes", False: "NO", None: ""}[row.met]
             print(f"| {row.what} | {row.ratio} | {row.budget} | {met} | {row.note} |")
