@@ -5,8 +5,8 @@ the first token of one of the task's words. Its loss is the cross-entropy of tha
 over the whole vocabulary; its accuracy compares the words only.
 
 The stream ``"sequence"`` are six tasks in an order of each seed's own. The stream
-``"mined"`` are pairs of yes-no questions that conflict: of all pairs of a pool, those
-whose mean gradients at the pre-trained weights have the lowest cosine.
+``"mined"`` are pairs of yes-no questions: of all pairs of a pool, those whose mean
+gradients at the pre-trained weights have the lowest cosine.
 """
 
 from typing import Any, NamedTuple

@@ -11,10 +11,11 @@ kernels are trained with Adam and merged after each task.
 **Sizes.** ``small`` keeps the first layers of the model and short texts, so that two
 CPU cores do it; ``full`` is the whole model with all kernels adapted, for a GPU.
 
-**Mined conflicts.** Published "adversarial" sequences have gradients that agree (mean
+**Mined pairs.** Published "adversarial" sequences have gradients that agree (mean
 cosine .21 to .28). Here all pairs of a pool of yes-no questions are ranked by the
 cosine of their mean gradients at the pre-trained weights, the lowest are learnt one
-after the other, and SLICE is compared with LoRA-GA where its gate can open.
+after the other, and SLICE is compared with LoRA-GA. The table of pairs says whether any
+of them conflict: with the first layers alone none did.
 
 **Other tasks.** ``--source`` takes a folder of tasks in the form of
 Super-NaturalInstructions, if their answers are a few words that start differently.
@@ -66,7 +67,7 @@ _TRAIN = {"sequence": 1024, "mined": 256}  # texts of each task
 
 _STREAM_WORDS = {
     "sequence": "text tasks one after another",
-    "mined": "pairs of questions that conflict",
+    "mined": "the pairs of questions whose gradients agree least",
 }
 
 
