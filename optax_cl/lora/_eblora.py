@@ -67,11 +67,11 @@ def eblora(
     Adam at rate 0.1, 128 x 8:
 
     ====================================================  =======
-    nothing after it                                      7e-7
+    nothing after it                                      < 1e-6
     ``optax.scale(0.5)`` after it                         .17
     ``optax.clip_by_global_norm(1.0)`` after it           .14
     ``optax.add_decayed_weights(0.01)`` after it          .014
-    ``optax.adamw(..., weight_decay=0.1)`` inside         7e-7
+    ``optax.adamw(..., weight_decay=0.1)`` inside         < 1e-6
     ====================================================  =======
 
     The next step retracts such parameters, so damage does not build up, but every loss

@@ -493,6 +493,32 @@ def test_what_stands_behind_it_is_told_at_the_boundary(after):
         optax_cl.end_task(state, adapters, optax_cl.Statistics(jnp.ones([]), {}))
 
 
+def test_the_table_of_damage_in_the_docstring_holds():
+    params = {"k": jnp.zeros((128, 128))}
+    targets = lora.targets(params, {"k": 8}, alpha=16.0)
+    key, *keys = jax.random.split(jax.random.key(0), 3)
+    adapters = lora.eblora_init(targets, {"k": jax.random.normal(key, (128, 128))})
+    u, v = (jax.random.normal(k, (128, 8)) for k in keys)
+    grads = {"k": lora.Spectral(jnp.ones([]), u, v)}
+
+    def error(inner, *after):
+        tx = lora.eblora(inner, targets=targets, memory_rank=None)
+        tx = optax.chain(tx, *after)
+        updates, _ = jax.jit(tx.update)(grads, tx.init(adapters), adapters)
+        moved = optax.apply_updates(adapters, updates)["k"].u
+        return float(stiefel.orthonormality_error(moved))
+
+    adam = optax.adam(0.1)
+    assert error(adam) < 1e-6
+    assert error(optax.adamw(0.1, weight_decay=0.1)) < 1e-6
+    # The largest entry depends on the draw of the gradient, by a tenth or so.
+    assert error(adam, optax.scale(0.5)) == pytest.approx(0.17, rel=0.2)
+    clip = optax.clip_by_global_norm(1.0)
+    assert error(adam, clip) == pytest.approx(0.14, rel=0.2)
+    decay = optax.add_decayed_weights(0.01)
+    assert error(adam, decay) == pytest.approx(0.014, rel=0.2)
+
+
 @functools.cache
 def _plain(targets):
     return lora.eblora(optax.adam(0.1), targets=targets, memory_rank=3)
