@@ -505,8 +505,8 @@ def test_the_table_of_damage_in_the_docstring_holds():
         tx = lora.eblora(inner, targets=targets, memory_rank=None)
         tx = optax.chain(tx, *after)
         updates, _ = jax.jit(tx.update)(grads, tx.init(adapters), adapters)
-        moved = optax.apply_updates(adapters, updates)["k"].u
-        return float(stiefel.orthonormality_error(moved))
+        moved = np.float64(optax.apply_updates(adapters, updates)["k"].u)
+        return np.abs(moved.T @ moved - np.eye(8)).max()
 
     adam = optax.adam(0.1)
     assert error(adam) < 1e-6
