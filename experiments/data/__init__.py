@@ -12,8 +12,10 @@ from experiments.data._divergence import divergence_matrix, divergence_table
 from experiments.data._errors import DataError
 from experiments.data._fetch import FETCHED, cache_dir
 from experiments.data._models import MODELS, get_model, model_file
+from experiments.data._published_orders import published_orders
 from experiments.data._streams import Stream, load_stream
-from experiments.data._text_tasks import TextTask, load_text_tasks
+from experiments.data._task import TextTask
+from experiments.data._text_tasks import load_text_tasks
 
 __all__ = [
     "FETCHED",
@@ -28,6 +30,7 @@ __all__ = [
     "load_stream",
     "load_text_tasks",
     "model_file",
+    "published_orders",
 ]
 
 

