@@ -273,6 +273,12 @@ def _joined(path: tuple[Any, ...], *names: str) -> str:
 
 
 def _arrays(optimizer: nnx.Optimizer, model: nnx.Module) -> tuple[Any, Any]:
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            "`optimizer` must be an nnx.Optimizer, with its model behind it; got "
+            f"{type(optimizer).__name__}. States and parameters of their own go to "
+            "the functions of `optax_cl`."
+        )
     _, params, rest = nnx.split(model, optimizer.wrt, ...)
     # Random states are typed keys that evaluation does not use, but merging needs them.
     return nnx.as_pure(params), nnx.as_pure(rest)

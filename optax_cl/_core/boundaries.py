@@ -188,6 +188,19 @@ def has_moments(node: Any) -> bool:
     return type(node) in _MOMENTS
 
 
+def has_second_moments(tree: Any) -> bool:
+    """Whether a state, or one inside it, has moments that are no average gradient."""
+    found = False
+
+    def visit(state):
+        nonlocal found
+        found = found or bool(_MOMENTS[type(state)][1])
+        return state
+
+    map_states(visit, tree, has_moments)
+    return found
+
+
 def map_moments(function, tree, first_only=False, reset_count=False):
     """Applies ``function`` to every registered moment, wherever it stands."""
 

@@ -82,6 +82,19 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
 
 
+def check_key(name: str, key: Any) -> None:
+    """Raises unless ``key`` is a key of random numbers, of the new kind or the old."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32
+    ):
+        return
+    raise TypeError(
+        f"`{name}` must be a PRNG key, such as `jax.random.key(0)`; got {key!r} of "
+        f"type {type(key).__name__}."
+    )
+
+
 def check_params(method: str, params: Any) -> None:
     """Raises if a method that reads parameters was called without them."""
     if params is None:
@@ -107,7 +120,7 @@ def check_same_shapes(name: str, tree: Any, reference: Any, expected: str) -> No
     if jax.tree.structure(tree) != jax.tree.structure(reference):
         raise ValueError(
             f"`{name}` must have the tree structure of {expected}; got "
-            f"{_paths(tree)} where {_paths(reference)} was expected."
+            f"{paths_str(tree)} where {paths_str(reference)} was expected."
         )
 
     def check(path, leaf, ref):
@@ -120,7 +133,8 @@ def check_same_shapes(name: str, tree: Any, reference: Any, expected: str) -> No
     jax.tree_util.tree_map_with_path(check, tree, reference)
 
 
-def _paths(tree: chex.ArrayTree) -> str:
+def paths_str(tree: chex.ArrayTree) -> str:
+    """How many leaves a tree has, and what the first of them are called."""
     paths = [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
     shown = ", ".join(paths[:6]) + (", ..." if len(paths) > 6 else "")
     return f"{len(paths)} leaves ({shown})"

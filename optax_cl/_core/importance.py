@@ -160,6 +160,10 @@ def consolidate(
     """
     rules = memory.rules
     shape = memory.importance
+    params = trees.align_structure("params", params, shape)
+    checks.check_same_shapes(
+        "params", params, _slot(memory), "what the optimizer state was made for"
+    )
     # An entry that is not finite protects nothing, rather than spoil all later steps.
     new = jax.tree.map(
         lambda s, f: jnp.where(jnp.isfinite(f), f, 0).astype(s.dtype),
@@ -169,7 +173,7 @@ def consolidate(
     at = jax.tree.map(
         lambda s, p: jnp.array(p, s.dtype, copy=True),
         shape,
-        trees.align_structure("params", params, shape),
+        params,
     )
     kept_weight, new_weight = _weights(memory)
     kept = jax.tree.map(lambda f: kept_weight * f, memory.importance)
@@ -190,6 +194,15 @@ def consolidate(
         importance=_like(total, memory.importance),
         anchor=anchor if anchor is None else _like(anchor, memory.anchor),
         offset=offset.astype(memory.offset.dtype),
+    )
+
+
+def _slot(memory):
+    """Shapes of one task's importance."""
+    if memory.rules.capacity is None:
+        return memory.importance
+    return jax.tree.map(
+        lambda f: jax.ShapeDtypeStruct(f.shape[1:], f.dtype), memory.importance
     )
 
 

@@ -359,7 +359,7 @@ def _shape(name: str, function, data: tasks.PassInput, *args) -> tuple[int, ...]
         raise ValueError(
             f"`task.{name}` must keep the axis of examples: its result must have shape "
             f"[{data.weights.size}, ...] for this batch; got {shape}. Is there a mean "
-            "over the batch in it?"
+            "over the batch in it, or did `batches` get one batch instead of a list?"
         )
     return shape
 

@@ -1,7 +1,7 @@
 """Passes over a task's data: batch by batch from the host, or in one scan."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -32,13 +32,42 @@ def result_name(p: Pass, index: int) -> str:
     return p.name if p.shared else f"{p.name}[{index}]"
 
 
-def check_reiterable(batches: Any, depth: int) -> None:
-    """Raises if ``batches`` can't be gone through ``depth`` times."""
+def check_batches(batches: Any, depth: int) -> None:
+    """Raises unless ``batches`` are several, and can be gone through so many times."""
+    whole = isinstance(batches, Mapping | np.ndarray | jax.Array)
+    if whole or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"`batches` must be a list of batches; got {type(batches).__name__}. For "
+            "one batch write `[batch]`; for arrays [batches, B, ...] pass "
+            "`stacked=True`."
+        )
+    if isinstance(batches, list | tuple):
+        # One batch (inputs, labels) is easily given for a list of batches.
+        for i, batch in enumerate(batches):
+            if _kind(batch) != _kind(batches[0]):
+                raise ValueError(
+                    "`batches` must be a list of batches of one kind, but batches[0] "
+                    f"is {_shapes(batches[0])} and batches[{i}] is {_shapes(batch)}. "
+                    "If this is one batch, write `[batch]`."
+                )
     if depth > 1 and iter(batches) is batches:
         raise ValueError(
             "`batches` is an iterator, which can be gone through once, but the methods "
             f"in the optimizer need {depth} passes. Pass a list of batches."
         )
+
+
+def _kind(batch: Any) -> Any:
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, [np.ndim(x) for x in leaves]
+
+
+def _shapes(batch: Any) -> str:
+    named = [
+        f"{checks.path_str(path)}: {np.shape(x)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(batch)
+    ]
+    return "{" + ", ".join(named) + "}"
 
 
 def check_stacked(batches: Any) -> None:
@@ -82,9 +111,20 @@ def split_trainable(params, parts, states):
     def differentiable(x):
         return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
-    # A mask may have hidden a whole subtree by one node.
+    def aligned(state, like):
+        # A mask may have hidden a whole subtree by one node.
+        try:
+            return trees.align_structure("a memory", like, params)
+        except ValueError as error:
+            raise ValueError(
+                "`params` must be the parameters that the optimizer state was made "
+                f"for: got {checks.paths_str(params)}, and {type(state).__name__} has "
+                f"{checks.paths_str(like)}. An `nnx.Optimizer` and its model go to "
+                "`optax_cl.flax.collect`."
+            ) from error
+
     reads = [
-        trees.align_structure("a memory", b.like(s), params)
+        aligned(s, b.like(s))
         for b, s in zip(parts, states, strict=True)
         if b.like is not None
     ]

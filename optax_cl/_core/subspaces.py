@@ -31,8 +31,10 @@ def map_matrices(
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _view(views: ViewRule, path: Any, leaf: chex.Array) -> MatrixView:
-    """The view of a leaf that has a basis, and so was a matrix at ``init``."""
+def _as_matrix(
+    views: ViewRule, path: Any, leaf: chex.Array, basis: chex.Array
+) -> chex.Array:
+    """A leaf that has a basis, and so was a matrix at ``init``, as that matrix."""
     view = views(checks.path_str(path), leaf.shape)
     if view is None:
         raise ValueError(
@@ -40,7 +42,15 @@ def _view(views: ViewRule, path: Any, leaf: chex.Array) -> MatrixView:
             "it is no matrix. The optimizer state was made under other settings, or "
             "for other parameters."
         )
-    return view
+    matrix = to_matrix(leaf, view)
+    if matrix.shape[:-1] != basis.shape[:-1]:
+        raise ValueError(
+            f"the leaf `{checks.path_str(path)}` of shape {leaf.shape} has a fan-in of "
+            f"{matrix.shape[-2]} (after the axes {matrix.shape[:-2]} of a stack), but "
+            f"its basis is of shape {basis.shape}. The optimizer state was made for "
+            "other parameters."
+        )
+    return matrix
 
 
 def coefficients(
@@ -62,8 +72,7 @@ def coefficients(
     def one(path, leaf, u):
         if trees.is_masked(u):
             return u
-        view = _view(views, path, leaf)
-        return linalg.coefficients(u, to_matrix(leaf, view))
+        return linalg.coefficients(u, _as_matrix(views, path, leaf, u))
 
     return jax.tree_util.tree_map_with_path(one, tree, basis)
 
@@ -119,8 +128,7 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
         def one(path, g, u, a):
             if trees.is_masked(u):
                 return u
-            view = _view(views, path, g)
-            matrix = items * to_matrix(g, view).astype(u.dtype)
+            matrix = items * _as_matrix(views, path, g, u).astype(u.dtype)
             if svd == "exact":
                 product = linalg.gram(matrix)
             else:

@@ -83,6 +83,7 @@ def collect(
       ``Statistics`` for ``end_task``.
 
     Raises:
+      TypeError: If an argument is of another kind: a transformation, one batch, a seed.
       ValueError: If ``batches`` is empty, or an exhausted iterator in a second pass; if
         a function of ``task`` is missing, with the method that needs it; if leading
         axes disagree; if a memory with ``overflow="error"`` is full, or is not known to
@@ -101,6 +102,13 @@ def collect(
       ...     opt_state, params, batches, task=task, key=jax.random.key(0))
       >>> opt_state = optax_cl.end_task(opt_state, params, stats)
     """
+    _check_state(opt_state, params)
+    if not isinstance(task, Task):
+        raise TypeError(
+            "`task` must be an `optax_cl.Task`, such as `optax_cl.classification` and "
+            f"`optax_cl.regression` make; got {task!r} of type {type(task).__name__}."
+        )
+    checks.check_key("key", key)
     states = list(boundaries.find(opt_state))
     parts = [boundaries.of(s) for s in states]
     plans = [b.passes(s) for b, s in zip(parts, states, strict=True)]
@@ -113,7 +121,7 @@ def collect(
     if stacked:
         streaming.check_stacked(batches)
     else:
-        streaming.check_reiterable(batches, depth)
+        streaming.check_batches(batches, depth)
     stream = streaming.scan if stacked else streaming.loop
     trainable, hidden = streaming.split_trainable(params, parts, states)
     num_examples = jnp.zeros([], jnp.float32)
@@ -178,6 +186,12 @@ def end_task(
         jit) if a memory with ``overflow="error"`` is full.
     """
     checks.check_choice("moments", moments, MOMENT_POLICIES)
+    _check_state(opt_state, params)
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            "`statistics` must be what `collect` returned for this state; got "
+            f"{statistics!r} of type {type(statistics).__name__}."
+        )
     index = -1
     projected = False
 
@@ -233,6 +247,7 @@ def begin_task(
     Returns:
       The new optimizer state, same structure and shapes.
     """
+    _check_state(opt_state, params)
     opt_state = boundaries.map_states(
         lambda s: boundaries.of(s).begin_task(s, params), opt_state
     )
@@ -243,3 +258,21 @@ def begin_task(
             lambda n: hasattr(n, "nu_max"),
         )
     return opt_state
+
+
+def _check_state(opt_state: Any, params: Any) -> None:
+    """Raises for mix-ups in which no memory would be found, and nothing would happen.
+
+    A state without any memory is legal: the calls are there for whatever is chained.
+    """
+    if isinstance(opt_state, optax.GradientTransformation):
+        raise TypeError(
+            "`opt_state` must be the state that `tx.init(params)` made; got the "
+            "transformation itself."
+        )
+    state = next(boundaries.find(params), None)
+    if state is not None:
+        raise ValueError(
+            f"`params` holds an optimizer state, {type(state).__name__}. The order is "
+            "`(opt_state, params, ...)`; parameters have no state among them."
+        )

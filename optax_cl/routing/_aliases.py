@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_cl._core import checks
+from optax_cl._core import boundaries, checks
 from optax_cl.routing import _adam, _capture
 
 
@@ -54,7 +54,8 @@ def decoupled_adamw(
 
     Raises:
       TypeError: If ``modifiers`` or ``post`` hold something else.
-      ValueError: For hyper-parameters out of range.
+      ValueError: For hyper-parameters out of range; at ``init`` for an optimizer among
+        the modifiers.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_cl
@@ -84,9 +85,23 @@ def decoupled_adamw(
         second_moment=second_moment,
     )
     decay = optax.add_decayed_weights(weight_decay, mask)
-    return _capture.chain(
+    tx = _capture.chain(
         *modifiers, adam, decay, *post, optax.scale_by_learning_rate(learning_rate)
     )
+
+    def init_fn(params):
+        state = tx.init(params)
+        for i, inner in enumerate(state[: len(modifiers)]):
+            if boundaries.has_second_moments(inner):
+                raise ValueError(
+                    f"`modifiers[{i}]` holds a second moment: it is an optimizer, "
+                    "whose steps would be taken for gradients. Leave it out, since "
+                    "`decoupled_adamw` is the optimizer already; or chain the links "
+                    "yourself with `optax_cl.chain`."
+                )
+        return state
+
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 def multi_steps(
@@ -112,9 +127,11 @@ def multi_steps(
       A ``GradientTransformationExtraArgs`` with state ``optax.MultiStepsState``.
 
     Raises:
-      TypeError: If ``inner`` is not a gradient transformation.
-      ValueError: At trace time if ``raw_updates`` is bound outside: it would be the raw
-        gradient of one micro-batch beside a routed one accumulated over all of them.
+      TypeError: If ``inner`` is not a gradient transformation, or
+        ``every_k_schedule`` neither integer nor schedule.
+      ValueError: If ``every_k_schedule`` is below 1; at trace time if
+        ``raw_updates`` is bound outside: it would be the raw gradient of one
+        micro-batch beside a routed one accumulated over all of them.
 
     Example:
       >>> import jax.numpy as jnp, optax_cl
@@ -125,6 +142,8 @@ def multi_steps(
       [0.]
     """
     _capture.check_transformation("inner", inner)
+    if not callable(every_k_schedule):
+        checks.check_positive_int("every_k_schedule", every_k_schedule)
     accumulate = optax.MultiSteps(inner, every_k_schedule, **kwargs)
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from optax_cl._core import trees
+from optax_cl.routing import _rules
 
 RAW_UPDATES_MISSING = (
     "`{method}` needs the raw gradient beside the routed one, but `raw_updates` was "
@@ -118,11 +119,17 @@ def check_links(links: tuple[Any, ...]) -> None:
 
 def check_transformation(name: str, value: Any) -> None:
     """Raises unless ``value`` is a gradient transformation."""
-    if not isinstance(value, optax.GradientTransformation):
-        raise TypeError(
-            f"`{name}` must be an optax.GradientTransformation; got {value!r} of type "
-            f"{type(value).__name__}. Was the function that makes it not called?"
-        )
+    if isinstance(value, optax.GradientTransformation):
+        return
+    hint = "Was the function that makes it not called?"
+    if isinstance(value, list | tuple):
+        hint = "Pass links one by one: `chain(*links)`."
+    if isinstance(value, _rules.Rule):
+        hint = "A rule is read by a link: `attenuate(rule)`."
+    raise TypeError(
+        f"`{name}` must be an optax.GradientTransformation; got {value!r} of type "
+        f"{type(value).__name__}. {hint}"
+    )
 
 
 def require_raw(

@@ -302,6 +302,13 @@ def as_rule(strength: Any) -> Rule:
                 f"a rule needs {sorted(unknown)}, but only {NEEDS} are to be had."
             )
         return strength
+    for made in (one_minus, proportional, ratchet, balance, spring, constant):
+        if strength is made:
+            name = made.__name__
+            raise TypeError(
+                f"`strength` is the function `{name}`, which makes a rule. Call it: "
+                f"`{name}()`."
+            )
     return constant(strength)
 
 

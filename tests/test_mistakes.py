@@ -1,0 +1,184 @@
+"""What is easily got wrong is refused, by the name of what is wrong."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import optax_cl
+import optax_cl.flax
+
+KEY = jax.random.key(0)
+TASK = optax_cl.classification(
+    lambda p, b: b[0] @ p["w"] + p["b"][None], lambda b: b[1]
+)
+X, Y = jnp.eye(4), jnp.array([0, 1, 2, 0])
+BATCHES = [(X, Y)]
+
+
+def make_params(fan_in=4):
+    return {"w": jnp.full((fan_in, 3), 0.1), "b": jnp.zeros(3)}
+
+
+def ewc():
+    return optax_cl.chain(optax_cl.ewc(1.0), optax_cl.scale_by_decoupled_adam())
+
+
+def protect(*links):
+    links = links or (optax_cl.attenuate(0.5), optax_cl.scale_by_decoupled_adam())
+    return optax_cl.protect(2, *links)
+
+
+def collect(state, params, batches=BATCHES, **kwargs):
+    return optax_cl.collect(
+        state, params, batches, **{"task": TASK, "key": KEY, **kwargs}
+    )
+
+
+# --- Task boundaries -----------------------------------------------------------------
+
+CALLS = {
+    "collect": collect,
+    "end_task": lambda state, params: optax_cl.end_task(
+        state, params, optax_cl.Statistics(jnp.zeros([]), {})
+    ),
+    "begin_task": optax_cl.begin_task,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_state_and_params_swapped_are_refused_not_ignored(call):
+    params = make_params()
+    state = ewc().init(params)
+    with pytest.raises(ValueError, match="`params` holds an optimizer state, EwcState"):
+        CALLS[call](params, state)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_transformation_in_place_of_its_state_is_refused(call):
+    with pytest.raises(TypeError, match=r"`opt_state` must be .*tx\.init"):
+        CALLS[call](ewc(), make_params())
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset"])
+def test_end_task_refuses_what_collect_did_not_return(moments):
+    params = make_params()
+    with pytest.raises(TypeError, match="`statistics` must be what `collect` returned"):
+        optax_cl.end_task(ewc().init(params), params, None, moments=moments)
+
+
+def test_a_loss_in_place_of_a_task_is_refused():
+    params = make_params()
+    with pytest.raises(TypeError, match=r"`task` must be an `optax_cl\.Task`"):
+        collect(ewc().init(params), params, task=TASK.loss)
+
+
+@pytest.mark.parametrize("key", [0, None, jnp.zeros(3)])
+def test_a_seed_in_place_of_a_key_is_refused(key):
+    params = make_params()
+    with pytest.raises(TypeError, match=r"`key` must be a PRNG key.*jax\.random\.key"):
+        collect(ewc().init(params), params, key=key)
+
+
+def test_a_key_of_the_old_kind_is_taken():
+    params = make_params()
+    state = ewc().init(params)
+    old = collect(state, params, key=jax.random.PRNGKey(0))
+    assert old.num_examples == 4
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ((X, Y), r"batches\[0\].*\(4, 4\).*batches\[1\].*\(4,\).*`\[batch\]`"),
+        ([X, Y], r"batches\[1\].*`\[batch\]`"),
+        ([(X, Y), (X, Y, Y)], r"batches\[1\]"),
+        ({"x": X, "y": Y}, r"got dict.*`\[batch\]`.*`stacked=True`"),
+        (X, r"got ArrayImpl.*`\[batch\]`.*`stacked=True`"),
+        (None, "got NoneType"),
+    ],
+)
+def test_one_batch_in_place_of_a_list_of_batches_is_refused(batches, message):
+    params = make_params()
+    with pytest.raises((TypeError, ValueError), match=message):
+        collect(ewc().init(params), params, batches)
+
+
+@pytest.mark.parametrize("make", [ewc, protect])
+def test_parameters_of_another_model_are_refused_as_such(make):
+    state = make().init(make_params())
+    with pytest.raises(ValueError, match=r"`params` must .*the optimizer state"):
+        collect(state, {"w": jnp.ones((4, 3))})
+
+
+@pytest.mark.parametrize("make", [ewc, protect])
+def test_parameters_of_another_shape_are_refused_with_their_path(make):
+    state, other = make().init(make_params()), make_params(5)
+    batches = [(jnp.ones((4, 5)), Y)]
+    with pytest.raises(ValueError, match=r"`w`.*\(5, 3\).*4"):
+        optax_cl.end_task(state, other, collect(state, other, batches))
+
+
+# --- Building a chain ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: optax_cl.chain([optax.scale(1.0), ewc()]), r"chain\(\*links\)"),
+        (lambda: protect(optax_cl.ratchet()), r"`attenuate\(rule\)`"),
+        (lambda: optax_cl.attenuate(optax_cl.ratchet), r"`ratchet\(\)`"),
+        (lambda: optax_cl.chain(optax_cl.agem), "not called"),
+    ],
+)
+def test_what_is_no_link_is_refused_with_what_to_write(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(1e-3),
+        optax.chain(optax.clip(1.0), optax.amsgrad(1e-3)),
+        protect(),
+    ],
+)
+def test_an_optimizer_in_place_of_a_modifier_is_refused(optimizer):
+    # Its steps of 1e-3 downhill would be taken for a gradient: uphill, renormalised.
+    tx = optax_cl.decoupled_adamw(1e-3, modifiers=[optimizer])
+    with pytest.raises(ValueError, match=r"`modifiers\[0\]`.*second moment"):
+        tx.init(make_params())
+
+
+def test_averages_of_gradients_are_modifiers():
+    modifiers = [optax.ema(0.9), optax.trace(0.5), optax_cl.agem(decay=0.5)]
+    optax_cl.decoupled_adamw(1e-3, modifiers=modifiers).init(make_params())
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.0, None])
+def test_multi_steps_refuses_a_number_that_never_steps(k):
+    with pytest.raises((TypeError, ValueError), match="`every_k_schedule`"):
+        optax_cl.multi_steps(optax_cl.decoupled_adamw(0.1), k)
+
+
+# --- Flax ----------------------------------------------------------------------------
+
+
+def nnx_pair():
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    return nnx.Optimizer(model, ewc(), wrt=nnx.Param), model
+
+
+def test_nnx_optimizer_and_model_swapped_are_refused():
+    optimizer, model = nnx_pair()
+    with pytest.raises(TypeError, match=r"`optimizer` must be an nnx\.Optimizer"):
+        optax_cl.flax.begin_task(model, optimizer)
+
+
+def test_state_of_an_nnx_optimizer_is_sent_to_its_own_functions():
+    optimizer, model = nnx_pair()
+    params = nnx.state(model, nnx.Param)
+    with pytest.raises(ValueError, match=r"optax_cl\.flax"):
+        collect(optimizer.opt_state, params)
