@@ -1,0 +1,221 @@
+"""Tasks with free answers: what the model writes, and how much of it is right.
+
+Answers are generated inside ``jit``, greedily, and recorded as tokens. Their Rouge-L is
+computed afterwards, on strings; it then stands where the accuracy of a task stands that
+is answered by one of a few words.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import rouge, run_folder
+from experiments.data import TextTask
+from experiments.models import generation
+from experiments.models.llama import LlamaConfig
+from experiments.report import Table
+from experiments.studies import _lora_arms as arms
+from experiments.studies._lora_results import ArmResults
+from optax_cl import metrics
+
+_SHOWN = 80  # characters of a text in the table of examples
+_CHUNK = 16  # prompts that are continued at once
+Programs = dict[str, list[tuple[arms.Arm, str]]]
+
+
+def answer_tokens(tokenizer: Any, stop: int, answer: str, most: int) -> list[int]:
+    """The tokens of an answer and the stop token, of all these the first ``most``."""
+    return [*tokenizer.encode(f" {answer}").ids, stop][:most]
+
+
+def write(
+    config: LlamaConfig,
+    params: Any,
+    tokens: chex.Array,
+    last: chex.Array,
+    *,
+    most: int,
+    stop: int,
+) -> chex.Array:
+    """Greedy answers to prompts.
+
+    Args:
+      config: Sizes of the whole model.
+      params: Its parameters.
+      tokens: int32 ``[B, length]``; a prompt, and whatever.
+      last: int32 ``[B]``, place of the last token of the prompt.
+      most: Tokens of an answer at most.
+      stop: The token that ends one.
+
+    Returns:
+      int32 ``[B, most]``; after ``stop`` only ``stop``.
+    """
+    chunks = -(-len(tokens) // _CHUNK)
+    which = (jnp.arange(chunks * _CHUNK) % len(tokens)).reshape(chunks, _CHUNK)
+
+    def chunk(which):
+        prompts, mask = left_padded(tokens[which], last[which])
+        return generation.generate(config, params, prompts, most, stop=stop, mask=mask)
+
+    written = jax.lax.map(chunk, which)
+    return written.reshape(-1, most)[: len(tokens)]
+
+
+def left_padded(tokens: chex.Array, last: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Prompts ``[B, length]`` that end at the end, and which tokens are theirs."""
+    length = tokens.shape[1]
+    shift = length - 1 - last
+    turned = jax.vmap(jnp.roll)(tokens, shift)
+    return turned, jnp.arange(length)[None] >= shift[:, None]
+
+
+def text_of(tokenizer: Any, stop: int, ids: Sequence[int]) -> str:
+    """What was written before the stop token."""
+    ids = list(ids)
+    end = ids.index(stop) if stop in ids else len(ids)
+    return tokenizer.decode(ids[:end]).strip()
+
+
+def scores(
+    written: np.ndarray,
+    order: np.ndarray,
+    right: Sequence[Sequence[tuple[str, ...]]],
+    decode: Callable[[Sequence[int]], str],
+) -> np.ndarray:
+    """Mean Rouge-L of the answers to each task.
+
+    Args:
+      written: int ``[lanes, T + 1, T, rows, most]``, tokens; lanes go through all seeds
+        again and again.
+      order: int ``[seeds, T]``, each seed's tasks.
+      right: Of each task the right answers to its rows, the first of ``rows``; none
+        where it is answered by one of its words.
+      decode: Tokens to text.
+
+    Returns:
+      ``[lanes, T + 1, T]``, NaN for tasks of the latter kind.
+    """
+    known: dict[tuple[int, int, bytes], float] = {}
+
+    def score(task, row, ids):
+        # Most answers stay the same from one task to the next, or from arm to arm.
+        key = task, row, ids.tobytes()
+        if key not in known:
+            known[key] = rouge.rouge_l(decode(ids.tolist()), right[task][row])
+        return known[key]
+
+    result = np.full(written.shape[:3], np.nan)
+    for lane, after, place in np.ndindex(*result.shape):
+        task = order[lane % len(order), place]
+        rows = written[lane, after, place][: len(right[task])]
+        if len(rows):
+            each = [score(task, row, ids) for row, ids in enumerate(rows)]
+            result[lane, after, place] = np.mean(each)
+    return result
+
+
+def save_scores(
+    folder: Path,
+    program: str,
+    order: np.ndarray,
+    right: Sequence[Sequence[tuple[str, ...]]],
+    decode: Callable[[Sequence[int]], str],
+) -> None:
+    """Leaves the ``scores`` of a finished program beside its other numbers."""
+    written = run_folder.load_program(folder, program)["evaluate/written"]
+    found = {"rouge": scores(written, order, right, decode)}
+    run_folder.save_arrays(folder / "raw" / f"{program}-rouge.npz", found)
+
+
+def examples(
+    written: np.ndarray,
+    order: np.ndarray,
+    tasks: Sequence[TextTask],
+    decode: Callable[[Sequence[int]], str],
+) -> list[list[str]]:
+    """What one lane wrote about the first text of each task with free answers.
+
+    Args:
+      written: int ``[T + 1, T, rows, most]``, tokens.
+      order: int ``[T]``, the lane's tasks.
+      tasks: All tasks, with rows in the order in which they were asked.
+      decode: Tokens to text.
+
+    Returns:
+      Of each such task its name, the end of the text, a right answer, and what was
+      written before training, after learning the task and at the end.
+    """
+    rows = []
+    for place, task in enumerate(tasks[index] for index in order):
+        if not task.answers:
+            text, right = task.test[0]
+            when = (0, place + 1, len(order))
+            wrote = [decode(written[after, place, 0].tolist()) for after in when]
+            rows.append([task.name, text[-_SHOWN:], right[0], *wrote])
+    return rows
+
+
+def with_rouge(
+    loaded: dict[str, dict[str, ArmResults]], folder: Path, programs: Programs
+) -> dict[str, dict[str, ArmResults]]:
+    """The results with Rouge-L where answers were free, if any were."""
+    changed = {stream: dict(of) for stream, of in loaded.items()}
+    for program, pairs in programs.items():
+        path = Path(folder) / "raw" / f"{program}-rouge.npz"
+        if not path.exists():
+            continue
+        found = run_folder.load_arrays(path)["rouge"]
+        found = found.reshape(len(pairs), -1, *found.shape[1:])
+        for (arm, stream), own in zip(pairs, found, strict=True):
+            r = loaded[stream][arm.name]
+            own = own.reshape(r.matrix.shape)
+            matrix = np.where(np.isnan(own), r.matrix, own)
+            changed[stream][arm.name] = r._replace(matrix=matrix)
+    return changed
+
+
+def published_table(of: dict[str, ArmResults], stream: str) -> Table:
+    """The measures by which the sequences of SAPT are published, in percent."""
+    alone = of.get("LoRA per task")
+    rows = []
+    for name, r in of.items():
+        own = r.matrix[r.chosen, r.tuning :]
+        seen = np.tril(np.ones(own.shape[-1:] * 2))
+        # They have no figures of tasks to come.
+        own = np.concatenate([own[:, :1], own[:, 1:] * seen], axis=1)
+        gain = None
+        if alone is not None and r is not alone:
+            theirs = np.diagonal(
+                alone.matrix[alone.chosen, alone.tuning :, 1:], axis1=1, axis2=2
+            )
+            gain = _percent(metrics.gain_over_independent(own, theirs))
+        rows.append(
+            (
+                name,
+                _percent(metrics.average_accuracy(own)),
+                _percent(metrics.chaudhry_forgetting(own)),
+                gain,
+            )
+        )
+    return Table(
+        f"published-{stream}",
+        "The measures of SAPT, in percent",
+        ("arm", "AP", "F.Ra", "FWT"),
+        rows,
+        "AP: mean over the tasks at the end. F.Ra: the best after learning a task, "
+        "before the last one, minus the end, mean over all tasks but the last. FWT: "
+        "right after learning, minus an adapter that learned this task alone (the arm "
+        "`LoRA per task`), mean over tasks. Not to be compared with figures of other "
+        "models, lengths and numbers of steps. There, tasks of few words are scored by "
+        "Rouge-L too, and here by accuracy.",
+    )
+
+
+def _percent(values: Any) -> tuple[float, float]:
+    mean, error = metrics.mean_and_error(100 * values)
+    return float(mean), float(error)
