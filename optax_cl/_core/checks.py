@@ -7,6 +7,7 @@ and ``jax.vmap`` over hyper-parameters work; only Python and NumPy scalars are j
 
 import math
 import numbers
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -101,6 +102,35 @@ def check_params(method: str, params: Any) -> None:
         raise ValueError(
             f"`{method}` reads the parameters, but `params` is None. Call "
             "`tx.update(grads, state, params)`."
+        )
+
+
+@jax.jit
+def all_finite(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Whether each leaf is finite throughout; true for leaves of other types."""
+
+    def one(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.array(True)
+        return jnp.all(jnp.isfinite(leaf))
+
+    return jax.tree.map(one, tree)
+
+
+def warn_not_finite(what: str, finite: chex.ArrayTree, *, stacklevel: int) -> None:
+    """Warns of leaves that ``all_finite`` found wanting; silent while tracing."""
+    flags = jax.tree_util.tree_leaves_with_path(finite)
+    if any(isinstance(flag, jax.core.Tracer) for _, flag in flags):
+        return
+    paths = [path_str(path) for path, flag in flags if not flag]
+    if paths:
+        shown = ", ".join(f"`{p}`" for p in paths[:6])
+        shown += ", ..." if len(paths) > 6 else ""
+        warnings.warn(
+            f"{what} not finite at {shown}. Memories leave out such entries, which "
+            "then protect nothing of this task. Did training diverge?",
+            UserWarning,
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -165,15 +165,17 @@ def consolidate(
         "params", params, _slot(memory), "what the optimizer state was made for"
     )
     # An entry that is not finite protects nothing, rather than spoil all later steps.
+    # Nor is there an anchor where a parameter is not finite: zero times NaN is NaN.
     new = jax.tree.map(
-        lambda s, f: jnp.where(jnp.isfinite(f), f, 0).astype(s.dtype),
+        lambda s, f, p: jnp.where(jnp.isfinite(f) & jnp.isfinite(p), f, 0).astype(
+            s.dtype
+        ),
         shape,
         trees.align_structure("importance", importance, shape),
+        params,
     )
     at = jax.tree.map(
-        lambda s, p: jnp.array(p, s.dtype, copy=True),
-        shape,
-        params,
+        lambda s, p: jnp.where(jnp.isfinite(p), p, 0).astype(s.dtype), shape, params
     )
     kept_weight, new_weight = _weights(memory)
     kept = jax.tree.map(lambda f: kept_weight * f, memory.importance)
@@ -185,7 +187,12 @@ def consolidate(
     total = jax.tree.map(jnp.add, kept, new)
     anchor = memory.anchor
     if rules.anchors == "latest":
-        anchor = at
+        anchor = jax.tree.map(
+            lambda old, new, p: jnp.where(jnp.isfinite(p), new, old),
+            anchor,
+            at,
+            params,
+        )
     elif rules.anchors == "merged":
         offset = offset + _sum(_merge_loss, kept, new, anchor, at)
         anchor = jax.tree.map(_merge_anchor, kept, new, anchor, at)

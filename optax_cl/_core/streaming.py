@@ -193,10 +193,12 @@ def _add(jobs, task, accs, fixed, batch, weights, key):
 
 
 def _results(jobs, accs, fixed):
-    return {
+    """Every job's result, and whether what it came from is finite."""
+    results = {
         name: p.finish(accs[name], fixed.states[name], fixed.earlier[name])
         for name, p in jobs
     }
+    return results, checks.all_finite(accs)
 
 
 _finish = jax.jit(_results, static_argnums=0)
@@ -210,11 +212,12 @@ def _step(jobs, task, accs, num_examples, fixed, batch, weights, key):
 
 def loop(
     jobs: Jobs, task: Task, fixed: Fixed, batches: Iterable[Any], key: chex.PRNGKey
-) -> tuple[dict[str, Any], chex.Array]:
+) -> tuple[dict[str, Any], chex.ArrayTree, chex.Array]:
     """One pass from the host, each batch one jitted call.
 
     Returns:
-      The jobs' results by name, and the number of examples.
+      The jobs' results by name, whether the sums they come from are finite, and the
+      number of examples.
 
     Raises:
       ValueError: If there is no batch.
@@ -234,13 +237,14 @@ def loop(
             + (" in the second pass" if second else "")
             + ". Give `collect` a non-empty list of batches of the finished task."
         )
-    return _finish(jobs, accs, fixed), num_examples
+    results, finite = _finish(jobs, accs, fixed)
+    return results, finite, num_examples
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def scan(
     jobs: Jobs, task: Task, fixed: Fixed, batches: chex.ArrayTree, key: chex.PRNGKey
-) -> tuple[dict[str, Any], chex.Array]:
+) -> tuple[dict[str, Any], chex.ArrayTree, chex.Array]:
     """The same pass over stacked batches, as one scan with the same keys."""
     count, size = jax.tree.leaves(batches)[0].shape[:2]
     weights = jnp.ones([size], jnp.float32)
@@ -252,4 +256,5 @@ def scan(
         return _add(jobs, bound, accs, fixed, batch, weights, step_key), None
 
     accs, _ = jax.lax.scan(step, _start(jobs, fixed), (jnp.arange(count), batches))
-    return _results(jobs, accs, fixed), jnp.full([], count * size, jnp.float32)
+    results, finite = _results(jobs, accs, fixed)
+    return results, finite, jnp.full([], count * size, jnp.float32)

@@ -89,6 +89,8 @@ def collect(
         axes disagree; if a memory with ``overflow="error"`` is full, or is not known to
         have room because this is being traced.
 
+    Warns (``UserWarning``), outside jit, if the sums over the data are not finite.
+
     Cost. One pass per dependency level; see each method for the work of a step.
 
     Example:
@@ -149,7 +151,8 @@ def collect(
         )
         named = tuple((name, p) for name, (p, _) in jobs.items())
         level_key = jax.random.fold_in(key, level)
-        new, num_examples = stream(named, task, fixed, batches, level_key)
+        new, finite, num_examples = stream(named, task, fixed, batches, level_key)
+        checks.warn_not_finite("What `collect` summed up is", finite, stacklevel=2)
         results |= new
     return Statistics(num_examples, results)
 
@@ -165,7 +168,8 @@ def end_task(
 
     Memories first, then the moments policy. Structure, shapes and dtypes stay, so a
     train step compiled before the boundary serves after it. May be jitted, with the
-    state donated.
+    state donated. What is not finite enters no memory; outside jit, parameters that
+    are not are warned of (``UserWarning``).
 
     Args:
       opt_state: The optimizer state at the end of the task.
@@ -181,6 +185,7 @@ def end_task(
       The new optimizer state.
 
     Raises:
+      TypeError: If an argument is of another kind, the transformation for its state.
       ValueError: For an unknown policy, for ``"project"`` without a protected
         subspace, for statistics that were not collected for this state, or (outside
         jit) if a memory with ``overflow="error"`` is full.
@@ -192,6 +197,8 @@ def end_task(
             "`statistics` must be what `collect` returned for this state; got "
             f"{statistics!r} of type {type(statistics).__name__}."
         )
+    finite = checks.all_finite(params) if any(boundaries.find(opt_state)) else ()
+    checks.warn_not_finite("`params` are", finite, stacklevel=2)
     index = -1
     projected = False
 

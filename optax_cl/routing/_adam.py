@@ -103,7 +103,8 @@ def scale_by_decoupled_adam(
       A ``GradientTransformationExtraArgs``. Its update reads the keyword-only extra
       argument ``raw_updates`` (a tree like the updates) unless both moments are
       ``"routed"``, in which case it is Adam. With ``raw_updates`` equal to the updates
-      it is bit-identical to ``optax.scale_by_adam`` under the same jit.
+      it is bit-identical to ``optax.scale_by_adam`` under the same jit (but where a
+      denominator underflows to zero, in float16 say: not NaN or inf, but the mean).
 
     Raises:
       ValueError: For an unknown moment name or a hyper-parameter out of range; at trace
@@ -291,7 +292,12 @@ def _corrected_mean(mu, numerator, b1, count, nesterov):
 
 
 def _divide(mu_hat, nu_hat, eps, eps_root):
-    return _map(lambda m, v: m / (jnp.sqrt(v + eps_root) + eps), mu_hat, nu_hat)
+    def one(m, v):
+        root = jnp.sqrt(v + eps_root) + eps
+        # Zero where `eps` and small squares underflow, as they do in float16.
+        return m / jnp.where(root > 0, root, 1)
+
+    return _map(one, mu_hat, nu_hat)
 
 
 def _abs_sq(g):

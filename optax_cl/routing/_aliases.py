@@ -90,7 +90,7 @@ def decoupled_adamw(
     )
 
     def init_fn(params):
-        state = tx.init(params)
+        state: Any = tx.init(params)
         for i, inner in enumerate(state[: len(modifiers)]):
             if boundaries.has_second_moments(inner):
                 raise ValueError(
@@ -116,7 +116,8 @@ def multi_steps(
     like. They arrive as they are at each micro-step (they are not accumulated); what
     counts is their value at the micro-step that emits. The capture belongs inside:
     ``multi_steps(optax_cl.chain(...), 4)``; then the raw gradient is the accumulated
-    one.
+    one. A gradient that is not finite would stay in the accumulator for good: pass
+    ``should_skip_update_fn=optax.skip_not_finite``, which leaves it out.
 
     Args:
       inner: The optimizer to accumulate for.

@@ -114,16 +114,17 @@ def scale_by_decoupled_factored_rms(
             axes = _factored_axes(g.shape, min_dim_size_to_factor)
             if axes is None:
                 full = average(full, square)
-                return _Leaf((g * full**-0.5).astype(g.dtype), row, col, full)
+                return _Leaf((g * _inverse_root(full)).astype(g.dtype), row, col, full)
             short, long = axes
             row = average(row, jnp.mean(square, axis=long))
             col = average(col, jnp.mean(square, axis=short))
             # `row` has lost the long axis, so the short one may have moved forward.
             mean = jnp.mean(row, axis=short - (short > long), keepdims=True)
+            share = row / jnp.where(mean > 0, mean, 1)
             update = (
                 g
-                * jnp.expand_dims((row / mean) ** -0.5, long)
-                * jnp.expand_dims(col**-0.5, short)
+                * jnp.expand_dims(_inverse_root(share), long)
+                * jnp.expand_dims(_inverse_root(col), short)
             )
             return _Leaf(update.astype(g.dtype), row, col, full)
 
@@ -139,6 +140,11 @@ def scale_by_decoupled_factored_rms(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _inverse_root(x):
+    # Zero where `epsilon` and small squares underflow, as they do in float16.
+    return jnp.where(x > 0, x, 1) ** -0.5
 
 
 class _Leaf(NamedTuple):

@@ -236,7 +236,15 @@ def protect(
         corrected, weight, mean = None, state.mean_weight, state.mean
         if mean is not None:
             decay = state.mean_decay
-            mean = jax.tree.map(lambda m, c: decay * m + (1 - decay) * c, mean, raw)
+            # One bad gradient would stay in the average, and shut its gate, until the
+            # next boundary.
+            mean = jax.tree.map(
+                lambda m, c: (
+                    decay * m + (1 - decay) * jnp.where(jnp.isfinite(c), c, 0.0)
+                ),
+                mean,
+                raw,
+            )
             weight = decay * weight + (1 - decay)
             corrected = jax.tree.map(lambda m: m / weight, mean)
         extra_args["basis"] = Subspace(
@@ -375,7 +383,10 @@ def require_basis(method: str, basis: Subspace | None) -> Subspace:
 
 
 def overlap(space: Subspace, raw_updates: chex.ArrayTree) -> chex.ArrayTree:
-    """``||U^T g||^2 / ||g||^2`` of every protected leaf, in [0, 1]; 0 where g is 0."""
+    """``||U^T g||^2 / ||g||^2`` of every protected leaf, in [0, 1].
+
+    It is 0 where ``||g||^2`` is 0 or not finite: the averages of it would stay NaN.
+    """
     raw = trees.align_structure("basis.raw", space.raw, raw_updates)
 
     def one(g, c):
@@ -383,7 +394,8 @@ def overlap(space: Subspace, raw_updates: chex.ArrayTree) -> chex.ArrayTree:
             return c
         total = trees.leaf_vdot(g, g)
         inside = trees.leaf_vdot(c, c)
-        return inside / jnp.where(total > 0, total, 1.0)
+        usable = (total > 0) & jnp.isfinite(total)
+        return jnp.where(usable, inside, 0.0) / jnp.where(usable, total, 1.0)
 
     return jax.tree.map(one, raw_updates, raw)
 
@@ -498,16 +510,37 @@ def _end_task(state, params, results):
             curvature = subspaces.rotate_curvature(
                 state.basis, new["basis"], curvature, task
             )
-    return state._replace(
+    consolidated = state._replace(
         basis=trees.copy(new["basis"]),
         energy=trees.copy(new["energy"]),
         anchor=anchor,
         curvature=curvature,
+    )
+    if anchor is not None:
+        consolidated = _where_anchored(consolidated, state)
+    return consolidated._replace(
         # Averages are coordinates in the old basis: they start anew.
         mean=None if state.mean is None else trees.zeros_like(state.mean),
         mean_weight=None if state.mean is None else jnp.zeros_like(state.mean_weight),
         tasks=optax.safe_increment(state.tasks),
     )
+
+
+def _where_anchored(new: ProtectState, old: ProtectState) -> ProtectState:
+    """``new``, but ``old`` at leaves whose anchor is not finite."""
+
+    def pick(anchor, a, b):
+        finite = jnp.all(jnp.isfinite(anchor), axis=(-2, -1))
+        return jnp.where(jnp.expand_dims(finite, range(finite.ndim, a.ndim)), a, b)
+
+    def choose(field: str) -> Any:
+        before = getattr(old, field)
+        if before is None:
+            return None
+        return jax.tree.map(pick, new.anchor, getattr(new, field), before)
+
+    fields = ("basis", "energy", "anchor", "curvature")
+    return new._replace(**{field: choose(field) for field in fields})
 
 
 def _project_tree(state, tree):
