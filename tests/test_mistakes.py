@@ -8,6 +8,7 @@ from flax import nnx
 
 import optax_cl
 import optax_cl.flax
+from optax_cl import penalties
 
 KEY = jax.random.key(0)
 TASK = optax_cl.classification(
@@ -182,3 +183,44 @@ def test_state_of_an_nnx_optimizer_is_sent_to_its_own_functions():
     params = nnx.state(model, nnx.Param)
     with pytest.raises(ValueError, match=r"optax_cl\.flax"):
         collect(optimizer.opt_state, params)
+
+
+# --- Parameters of odd kinds ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax_cl.ewc(1.0),
+        optax_cl.ewc_proximal(0.1, 1.0, anchors="separate", capacity=2),
+        optax_cl.rescale_by_importance(0.5),
+        optax_cl.protect(2, optax_cl.attenuate(0.5)),
+    ],
+)
+def test_complex_parameters_are_refused_by_their_path(tx):
+    # The square of a complex score is no importance, and may be negative.
+    params = make_params() | {"phase": {"kernel": jnp.ones((4, 3), jnp.complex64)}}
+    with pytest.raises(TypeError, match=r"real parameters only; at `phase/kernel`"):
+        tx.init(params)
+    masked = optax.masked(tx, {"w": True, "b": True, "phase": False})
+    assert optax_cl.describe(masked.init(params))
+
+
+def test_a_fisher_of_complex_parameters_is_refused():
+    params = {"w": jnp.ones((4, 3), jnp.complex64)}
+    task = optax_cl.classification(lambda p, b: (b[0] @ p["w"]).real, lambda b: b[1])
+    with pytest.raises(TypeError, match="a diagonal Fisher is of real parameters only"):
+        penalties.fisher_diagonal(params, BATCHES, task=task, key=KEY)
+
+
+@pytest.mark.parametrize("make", [ewc, protect])
+def test_a_python_number_among_the_parameters_is_a_scalar_leaf(make):
+    params = make_params() | {"b": 0.5}
+    task = optax_cl.classification(lambda p, b: b[0] @ p["w"] * p["b"], lambda b: b[1])
+    tx = make()
+    state = tx.init(params)
+    stats = collect(state, params, task=task)
+    state = optax_cl.end_task(state, params, stats)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, state, params)
+    assert updates["b"].shape == ()

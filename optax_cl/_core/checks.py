@@ -105,6 +105,17 @@ def check_params(method: str, params: Any) -> None:
         )
 
 
+def check_real(what: str, path: Any, leaf: Any) -> None:
+    """Raises for a complex leaf, where squares of gradients would mean nothing."""
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{what} is of real parameters only; at `{path_str(path)}` got {dtype}. "
+            "Leave such leaves out with `optax.masked`, or hold real and imaginary "
+            "parts as two leaves."
+        )
+
+
 @jax.jit
 def all_finite(tree: chex.ArrayTree) -> chex.ArrayTree:
     """Whether each leaf is finite throughout; true for leaves of other types."""

@@ -17,6 +17,7 @@ The penalty of past tasks j is :math:`\frac12\sum_j\langle F_j, (\theta -
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,7 +124,8 @@ def init(
 ) -> ImportanceMemory:
     """An empty memory for ``params``; leaves that are not floating point have none."""
 
-    def zeros(p):
+    def zeros(path, p):
+        checks.check_real("an importance", path, p)
         dtype = jnp.result_type(p)
         if not jnp.issubdtype(dtype, jnp.inexact):
             return optax.MaskedNode()
@@ -133,11 +135,12 @@ def init(
             return like
         return jnp.broadcast_to(like[None], (rules.capacity, *like.shape))
 
+    empty = functools.partial(jax.tree_util.tree_map_with_path, zeros)
     return ImportanceMemory(
         tasks=jnp.zeros([], jnp.int32),
         stored=jnp.zeros([], jnp.int32),
-        importance=jax.tree.map(zeros, params),
-        anchor=None if rules.anchors is None else jax.tree.map(zeros, params),
+        importance=empty(params),
+        anchor=None if rules.anchors is None else empty(params),
         offset=jnp.zeros([], jnp.float32),
         decay=decay_array(decay),
         rules=rules,

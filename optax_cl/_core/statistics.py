@@ -100,9 +100,13 @@ def fisher_pass(estimator: str) -> tasks.Pass:
         del state
         # Distinct arrays: the accumulator is donated, and a buffer can be given once.
         terms, num_items, num_examples = (jnp.zeros([], jnp.float32) for _ in range(3))
-        squares = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, trees.importance_dtype(p.dtype)), params
-        )
+
+        def zeros(path, p):
+            checks.check_real("a diagonal Fisher", path, p)
+            dtype = trees.importance_dtype(jnp.result_type(p))
+            return jnp.zeros(jnp.shape(p), dtype)
+
+        squares = jax.tree_util.tree_map_with_path(zeros, params)
         return _Sums(squares, terms, num_items, num_examples)
 
     def finish(sums, state, earlier):

@@ -20,13 +20,19 @@ def map_matrices(
     function: Callable[[chex.Array, MatrixView], Any],
     tree: chex.ArrayTree,
 ) -> chex.ArrayTree:
-    """Maps over floating-point leaves with a matrix view; ``MaskedNode`` elsewhere."""
+    """Maps over floating-point leaves with a matrix view; ``MaskedNode`` elsewhere.
+
+    A complex one is refused.
+    """
 
     def one(path, leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             return optax.MaskedNode()
         view = views(checks.path_str(path), jnp.shape(leaf))
-        return optax.MaskedNode() if view is None else function(leaf, view)
+        if view is None:
+            return optax.MaskedNode()
+        checks.check_real("a protected subspace", path, leaf)
+        return function(leaf, view)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
