@@ -39,6 +39,7 @@ SHARED = {
     "lora": {
         "_absorb",
         "_adapters",
+        "_capacity",
         "_convert",
         "_eblora_state",
         "_factors",

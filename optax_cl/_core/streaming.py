@@ -83,7 +83,7 @@ def check_stacked(batches: Any) -> None:
         )
 
 
-def _padded(batches: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray]]:
+def padded_batches(batches: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray]]:
     """Batches of one size, the last padded with its first row, and their weights."""
     size = 0
     for batch in batches:
@@ -224,7 +224,7 @@ def loop(
     """
     accs = _start(jobs, fixed)
     count, num_examples = 0, jnp.zeros([], jnp.float32)
-    for batch, weights in _padded(batches):
+    for batch, weights in padded_batches(batches):
         step_key = jax.random.fold_in(key, count)
         accs, num_examples = _step(
             jobs, task, accs, num_examples, fixed, batch, weights, step_key

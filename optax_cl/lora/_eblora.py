@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_cl._core import boundaries, checks, trees
-from optax_cl.lora import _eblora_state, _memory, _spectral, stiefel
+from optax_cl.lora import _capacity, _eblora_state, _memory, _spectral, stiefel
 from optax_cl.lora._adapters import Targets
 from optax_cl.lora._eblora_state import EbloraRules, EbloraState
 
@@ -183,18 +183,14 @@ def eblora(
     _check_transformation("directions", directions)
     if magnitude is not None:
         _check_transformation("magnitude", magnitude)
-    if not isinstance(targets, Targets):
-        raise TypeError(
-            "`targets` must be made by `lora.targets(params, ranks, alpha=...)`; got "
-            f"{type(targets).__name__}."
-        )
+    _capacity.check_targets(targets)
     checks.check_number("threshold", threshold, low=0.0, high=1.0)
     checks.check_number("step_multiplier", step_multiplier, low=0.0, open_low=True)
     checks.check_choice("statistic", statistic, _memory.STATISTICS)
     checks.check_choice("overflow", overflow, _memory.OVERFLOWS)
     checks.check_choice("metric", metric, stiefel.METRICS)
     checks.check_choice("retraction", retraction, stiefel.RETRACTIONS)
-    ranks = _eblora_state.hashable_ranks(memory_rank, targets)
+    ranks = _capacity.hashable_ranks(memory_rank, targets)
     rules = EbloraRules(targets, ranks, statistic, overflow)
     inner = _inner(directions, magnitude)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -11,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_cl._core import checks, tasks, trees
-from optax_cl.lora import _memory, _spectral
+from optax_cl._core import tasks, trees
+from optax_cl.lora import _capacity, _memory, _spectral
 from optax_cl.lora._adapters import Targets
 
 # Squared distance per column that rounding may explain: 4e-6 in bfloat16, less above.
@@ -42,41 +41,6 @@ class EbloraRules:
     overflow: str
 
 
-def hashable_ranks(memory_rank: Any, targets: Targets) -> Any:
-    """``memory_rank`` checked, as a static setting."""
-    if not isinstance(memory_rank, Mapping):
-        if memory_rank is not None:
-            checks.check_positive_int("memory_rank", memory_rank)
-        return memory_rank
-    if set(memory_rank) != set(targets):
-        raise ValueError(
-            "`memory_rank` must be one number or have one for each path of `targets`, "
-            f"{sorted(targets)}; got {sorted(memory_rank)}."
-        )
-    for path, rank in memory_rank.items():
-        checks.check_positive_int(f"memory_rank[{path!r}]", rank)
-    return tuple(sorted(memory_rank.items()))
-
-
-def _capacity(rules: EbloraRules, path: str) -> int:
-    if _room(rules, path) < 1:
-        target = rules.targets[path]
-        raise ValueError(
-            f"the adapter at `{path}` has rank {target.rank} and fan-in "
-            f"{target.matrix_shape[-2]}: there is no room for a memory beside it. "
-            "Lower the rank, or pass `memory_rank=None`."
-        )
-    rank = rules.memory_rank
-    wanted = rank if isinstance(rank, int) else dict(rank)[path]
-    return min(wanted, _room(rules, path))
-
-
-def _room(rules: EbloraRules, path: str) -> int:
-    """Columns that a memory may have, so that V keeps a place beside it."""
-    target = rules.targets[path]
-    return target.matrix_shape[-2] - target.rank
-
-
 def _check_off_memory(state: EbloraState, params: Any) -> None:
     aligned = trees.align_structure("params", params, state.memory.basis)
     bases = _spectral.spectral(state.memory.basis)
@@ -102,19 +66,12 @@ def empty_memory(rules: EbloraRules, params: Any) -> _memory.GradientMemory | No
         return None
 
     def at_v(make):
-        return _spectral.map_roles(
-            lambda role, p: make(role, p) if role.field == "v" else optax.MaskedNode(),
-            params,
-        )
+        def one(role, _):
+            return make(role.path) if role.field == "v" else optax.MaskedNode()
 
-    return _memory.GradientMemory(
-        basis=at_v(
-            lambda role, v: jnp.zeros(
-                (*v.shape[:-1], _capacity(rules, role.path)), jnp.float32
-            )
-        ),
-        count=at_v(lambda role, v: jnp.zeros(v.shape[:-2], jnp.int32)),
-    )
+        return _spectral.map_roles(one, params)
+
+    return _capacity.empty(rules.targets, rules.memory_rank, at_v)
 
 
 def _restricts(state: EbloraState) -> bool:
@@ -134,35 +91,11 @@ def _end_task(state: EbloraState, params: Any, results: dict[str, Any]) -> Eblor
     if not _restricts(state):
         return state
     (gradients,) = results.values()
-    basis, count = state.memory
-    if state.rules.overflow == "error":
-        _spectral.map_roles(
-            lambda role, m, n: _check_room(
-                role.path, m, n, gradients[role.path], state.threshold
-            ),
-            basis,
-            count,
-        )
-    grown = _spectral.map_roles(
-        lambda role, m, n: _memory.grow_memory(
-            m, n, gradients[role.path], state.threshold
-        ),
-        basis,
-        count,
+    rules = state.rules
+    memory = _capacity.consolidate(
+        state.memory, gradients, state.threshold, rules.overflow
     )
-    pick = lambda i: jax.tree.map(lambda _, pair: pair[i], basis, grown)  # noqa: E731
-    return state._replace(memory=_memory.GradientMemory(pick(0), pick(1)))
-
-
-def _check_room(path, memory, count, gradient, threshold):
-    missing = _memory.missing_columns(memory, gradient, threshold)
-    if np.any(np.asarray(count + missing) > memory.shape[-1]):
-        raise ValueError(
-            f"the memory of `{path}` has {memory.shape[-1]} columns, of which "
-            f"{np.max(count)} are in use, and the task needs {np.max(missing)} more "
-            "(`overflow='error'`). Enlarge the state with `optax_cl.grow(opt_state, "
-            "capacity)`, lower `threshold`, or build it with `overflow='strongest'`."
-        )
+    return state._replace(memory=memory)
 
 
 def _begin_task(state: EbloraState, params: Any) -> EbloraState:
@@ -176,13 +109,11 @@ def _begin_task(state: EbloraState, params: Any) -> EbloraState:
 
 
 def _check(state: EbloraState) -> None:
-    known = not isinstance(state.drift, jax.core.Tracer)
-    if not known and _restricts(state) and state.rules.overflow == "error":
-        raise ValueError(
-            "`overflow='error'` cannot be checked inside a transformed function. Call "
-            "`end_task` outside `jit`, or build `eblora` with `overflow='strongest'`."
-        )
-    if known and np.max(state.drift) > _DRIFT:
+    if state.rules.overflow == "error" and _restricts(state):
+        _capacity.check_not_traced("eblora", state.drift)
+    if isinstance(state.drift, jax.core.Tracer):
+        return
+    if np.max(state.drift) > _DRIFT:
         warnings.warn(
             "`eblora` found its factors elsewhere than where it had left them (squared "
             f"distance per column {np.max(state.drift):.2g}): they were off the "
@@ -197,25 +128,14 @@ def _usage(state: EbloraState) -> tuple[Any, int | None]:
     """Columns, not tasks, of the memory with the least room."""
     if state.memory is None:
         return None, None
-    pairs = zip(
-        jax.tree.leaves(state.memory.count),
-        jax.tree.leaves(state.memory.basis),
-        strict=True,
-    )
-    rows = [(int(np.max(n)), m.shape[-1]) for n, m in pairs]
-    return min(rows, key=lambda row: row[1] - row[0], default=(0, 0))
+    return _capacity.usage(state.memory)
 
 
 def _grow(state: EbloraState, capacity: int) -> EbloraState:
     if state.memory is None:
         return state
-
-    def pad(role, m):
-        width = max(m.shape[-1], min(capacity, _room(state.rules, role.path)))
-        return jnp.pad(m, [(0, 0)] * (m.ndim - 1) + [(0, width - m.shape[-1])])
-
-    basis = _spectral.map_roles(pad, state.memory.basis)
-    return state._replace(memory=state.memory._replace(basis=basis))
+    memory = _capacity.grow(state.memory, state.rules.targets, capacity)
+    return state._replace(memory=memory)
 
 
 def _project(state: EbloraState, tree: chex.ArrayTree) -> chex.ArrayTree:

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_cl._core import checks, tasks
-from optax_cl.lora import _factors, _inputs, _memory
+from optax_cl.lora import _capacity, _factors, _inputs, _memory
 from optax_cl.lora._adapters import LoRA, Targets
 
 STATISTICS = (*_memory.STATISTICS, "inputs")
@@ -160,12 +159,10 @@ def frozen_a(
         )
     ranks, rules = None, None
     if targets is not None:
-        if not isinstance(targets, Targets):
-            raise TypeError(
-                "`targets` must be made by `lora.targets(params, ranks, alpha=...)`; "
-                f"got {type(targets).__name__}."
-            )
-        ranks = _checked_ranks(targets, memory_rank)
+        _capacity.check_targets(targets)
+        ranks = _capacity.hashable_ranks(memory_rank, targets)
+        for path in targets:
+            _capacity.columns(targets, ranks, path)
         rules = FrozenARules(targets, statistic, overflow)
 
     def init_fn(params):
@@ -173,7 +170,7 @@ def frozen_a(
         return FrozenAState(
             tasks=jnp.zeros([], jnp.int32),
             threshold=jnp.array(threshold, jnp.float32, copy=True),
-            memory=None if ranks is None else _empty_memory(targets, ranks),
+            memory=_empty_memory(targets, ranks),
             rules=rules,
         )
 
@@ -192,46 +189,14 @@ def frozen_a(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _checked_ranks(targets, memory_rank):
-    if isinstance(memory_rank, Mapping):
-        if set(memory_rank) != set(targets):
-            raise ValueError(
-                "`memory_rank` must be one number, or have one for each target, "
-                f"{sorted(targets)}; got {sorted(memory_rank)}."
-            )
-        given = dict(memory_rank)
-    else:
-        given = dict.fromkeys(targets, memory_rank)
-    ranks = {}
-    for path, target in targets.items():
-        checks.check_positive_int("memory_rank", given[path])
-        fan_in = target.matrix_shape[-2]
-        if fan_in == target.rank:
-            raise ValueError(
-                f"`{path}` has {fan_in} inputs and an adapter of the same rank: there "
-                "is no room for a memory. Give it a smaller rank."
-            )
-        ranks[path] = min(given[path], fan_in - target.rank)
-    return ranks
-
-
 def _empty_memory(targets, ranks):
-    def empty(path, make):
-        *batch, fan_in, _ = targets[path].matrix_shape
-        return LoRA(a=make(batch, fan_in, ranks[path]), b=optax.MaskedNode())
+    if ranks is None:
+        return None
 
-    return _memory.GradientMemory(
-        basis={
-            path: empty(
-                path, lambda batch, n, p: jnp.zeros((*batch, n, p), jnp.float32)
-            )
-            for path in targets
-        },
-        count={
-            path: empty(path, lambda batch, n, p: jnp.zeros(batch, jnp.int32))
-            for path in targets
-        },
-    )
+    def at_a(make):
+        return {path: LoRA(a=make(path), b=optax.MaskedNode()) for path in targets}
+
+    return _capacity.empty(targets, ranks, at_a)
 
 
 def _passes(state):
@@ -249,59 +214,30 @@ def _end_task(state, params, results):
     if state.memory is None:
         return state
     (matrices,) = results.values()
-    basis, count = {}, {}
-    for path, f in matrices.items():
-        old, used = state.memory.basis[path].a, state.memory.count[path].a
-        if state.rules.overflow == "error":
-            _check_fits(path, old, used, f, state.threshold)
-        grown, now = _memory.grow_memory(old, used, f, state.threshold)
-        basis[path] = state.memory.basis[path]._replace(a=grown)
-        count[path] = state.memory.count[path]._replace(a=now)
-    return state._replace(memory=_memory.GradientMemory(basis, count))
-
-
-def _check_fits(path, basis, count, f, threshold):
-    missing = _memory.missing_columns(basis, f, threshold)
-    if np.max(count + missing) > basis.shape[-1]:
-        raise ValueError(
-            f"the memory of `{path}` has {basis.shape[-1]} columns, of which "
-            f"{np.max(count)} are in use, and the task needs {np.max(missing)} more "
-            "(`overflow='error'`). Enlarge the state with `optax_cl.grow(opt_state, "
-            "capacity)`, lower `threshold`, or build it with `overflow='strongest'`."
-        )
+    rules = state.rules
+    memory = _capacity.consolidate(
+        state.memory, matrices, state.threshold, rules.overflow
+    )
+    return state._replace(memory=memory)
 
 
 def _check(state):
-    traced = isinstance(state.tasks, jax.core.Tracer)
-    if traced and state.memory is not None and state.rules.overflow == "error":
-        raise ValueError(
-            "`overflow='error'` cannot be checked inside a transformed function. Call "
-            "`end_task` outside `jit`, or build `frozen_a` with `overflow='strongest'`."
-        )
+    if state.memory is not None and state.rules.overflow == "error":
+        _capacity.check_not_traced("frozen_a", state.tasks)
 
 
 def _usage(state):
     """Columns, not tasks, of the memory with the least room."""
     if state.memory is None:
         return None, None
-    rows = [
-        (int(np.max(count.a)), state.memory.basis[path].a.shape[-1])
-        for path, count in state.memory.count.items()
-    ]
-    return min(rows, key=lambda row: row[1] - row[0])
+    return _capacity.usage(state.memory)
 
 
 def _grow(state, capacity):
     if state.memory is None:
         return state
-    basis = {}
-    for path, entry in state.memory.basis.items():
-        target = state.rules.targets[path]
-        room = min(capacity, target.matrix_shape[-2] - target.rank)
-        more = max(room - entry.a.shape[-1], 0)
-        wider = jnp.pad(entry.a, [(0, 0)] * (entry.a.ndim - 1) + [(0, more)])
-        basis[path] = entry._replace(a=wider)
-    return state._replace(memory=state.memory._replace(basis=basis))
+    memory = _capacity.grow(state.memory, state.rules.targets, capacity)
+    return state._replace(memory=memory)
 
 
 tasks.register_boundary(

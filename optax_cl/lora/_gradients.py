@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_cl._core import checks, trees
 from optax_cl._core.matrices import to_matrix
-from optax_cl._core.streaming import _padded, check_stacked
+from optax_cl._core.streaming import check_stacked, padded_batches
 from optax_cl.lora._adapters import Targets, kernels
 
 Loss = Callable[[Any, Any], chex.Array]
@@ -161,7 +161,7 @@ def _zeros(targets, params):
 def _loop(loss, targets, params, batches):
     sums, total = _zeros(targets, params), jnp.zeros([], jnp.float32)
     count = 0
-    for batch, weights in _padded(batches):
+    for batch, weights in padded_batches(batches):
         sums, total = _step(loss, targets, sums, total, params, batch, weights)
         count += 1
     if count == 0:

@@ -53,7 +53,7 @@ def input_covariances(
     """
     acc = _zeros(targets)
     seen = False
-    for batch, weights in streaming._padded(batches):
+    for batch, weights in streaming.padded_batches(batches):
         acc = _step(layer_inputs, targets, acc, params, batch, weights)
         seen = True
     if not seen:

@@ -325,7 +325,7 @@ def test_a_full_memory_keeps_the_strongest_or_raises():
         ({"targets": None}, ValueError, "only `memory_rank`"),
         ({"targets": {"kernel": R}}, TypeError, "lora.targets"),
         ({"memory_rank": 0}, ValueError, "memory_rank"),
-        ({"memory_rank": {"other": 3}}, ValueError, "one for each target"),
+        ({"memory_rank": {"other": 3}}, ValueError, "one for each path"),
         ({"threshold": 1.5}, ValueError, "threshold"),
         ({"statistic": "median"}, ValueError, "'mean', 'batches', 'inputs'"),
         ({"overflow": "wrap"}, ValueError, "overflow"),

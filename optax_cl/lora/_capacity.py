@@ -1,0 +1,167 @@
+"""How many columns a memory of gradients may have, and how it fills up and grows.
+
+For methods that keep a ``GradientMemory`` beside adapters, whose own columns need room
+next to those of the memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_cl._core import checks
+from optax_cl.lora import _memory
+from optax_cl.lora._adapters import Targets
+
+# One number, or pairs of a path and a number.
+Ranks = int | tuple[tuple[str, int], ...]
+
+
+def check_targets(targets: Any) -> None:
+    """Raises unless ``targets`` are what ``lora.targets`` returns."""
+    if not isinstance(targets, Targets):
+        raise TypeError(
+            "`targets` must be made by `lora.targets(params, ranks, alpha=...)`; got "
+            f"{type(targets).__name__}."
+        )
+
+
+def hashable_ranks(memory_rank: Any, targets: Targets) -> Any:
+    """``memory_rank`` checked, as static ``Ranks``; None stays None."""
+    if not isinstance(memory_rank, Mapping):
+        if memory_rank is not None:
+            checks.check_positive_int("memory_rank", memory_rank)
+        return memory_rank
+    if set(memory_rank) != set(targets):
+        raise ValueError(
+            "`memory_rank` must be one number or have one for each path of `targets`, "
+            f"{sorted(targets)}; got {sorted(memory_rank)}."
+        )
+    for path, rank in memory_rank.items():
+        checks.check_positive_int(f"memory_rank[{path!r}]", rank)
+    return tuple(sorted(memory_rank.items()))
+
+
+def columns(targets: Targets, ranks: Ranks, path: str) -> int:
+    """Columns of a new memory: what was asked for, or all that there is room for."""
+    room = _room(targets, path)
+    if room < 1:
+        target = targets[path]
+        raise ValueError(
+            f"the adapter at `{path}` has rank {target.rank} and fan-in "
+            f"{target.matrix_shape[-2]}: there is no room for a memory beside it. "
+            "Lower the rank, or pass `memory_rank=None`."
+        )
+    return min(ranks if isinstance(ranks, int) else dict(ranks)[path], room)
+
+
+def _room(targets: Targets, path: str) -> int:
+    """Columns that a memory may have, so that the adapter keeps a place beside it."""
+    target = targets[path]
+    return target.matrix_shape[-2] - target.rank
+
+
+def empty(
+    targets: Targets, ranks: Ranks, tree_of: Callable[[Callable[[str], Any]], Any]
+) -> _memory.GradientMemory:
+    """A memory without columns in use.
+
+    Args:
+      targets: The adapted kernels.
+      ranks: Columns to make, from ``hashable_ranks``.
+      tree_of: Makes a tree like the adapters of a function of a kernel's path, called
+        where the method has a restricted factor; ``MaskedNode`` elsewhere.
+
+    Returns:
+      Zeros; see ``GradientMemory`` for shapes.
+    """
+
+    def basis(path):
+        *batch, fan_in, _ = targets[path].matrix_shape
+        shape = (*batch, fan_in, columns(targets, ranks, path))
+        return jnp.zeros(shape, jnp.float32)
+
+    def count(path):
+        return jnp.zeros(targets[path].matrix_shape[:-2], jnp.int32)
+
+    return _memory.GradientMemory(tree_of(basis), tree_of(count))
+
+
+def consolidate(
+    memory: _memory.GradientMemory,
+    matrices: Mapping[str, chex.Array],
+    threshold: chex.Numeric,
+    overflow: str,
+) -> _memory.GradientMemory:
+    """The memory with what it misses of a task's matrices, by path of the kernel.
+
+    Raises:
+      ValueError: Where they don't all fit, with overflow ``"error"``.
+    """
+    if overflow == "error":
+        for path, basis, count in _entries(memory):
+            _check_fits(path, basis, count, matrices[path], threshold)
+    grown = [
+        _memory.grow_memory(basis, count, matrices[path], threshold)
+        for path, basis, count in _entries(memory)
+    ]
+    structure = jax.tree.structure(memory.basis)
+    return _memory.GradientMemory(
+        basis=structure.unflatten([basis for basis, _ in grown]),
+        count=structure.unflatten([count for _, count in grown]),
+    )
+
+
+def _entries(
+    memory: _memory.GradientMemory,
+) -> Iterator[tuple[str, chex.Array, chex.Array]]:
+    """Path of the kernel, basis and count of every restricted factor."""
+    bases = jax.tree_util.tree_leaves_with_path(memory.basis)
+    for (path, basis), count in zip(bases, jax.tree.leaves(memory.count), strict=True):
+        yield path[-2].key, basis, count
+
+
+def _check_fits(path, basis, count, matrix, threshold):
+    missing = _memory.missing_columns(basis, matrix, threshold)
+    if np.any(np.asarray(count + missing) > basis.shape[-1]):
+        raise ValueError(
+            f"the memory of `{path}` has {basis.shape[-1]} columns, of which "
+            f"{np.max(count)} are in use, and the task needs {np.max(missing)} more "
+            "(`overflow='error'`). Enlarge the state with `optax_cl.grow(opt_state, "
+            "capacity)`, lower `threshold`, or build it with `overflow='strongest'`."
+        )
+
+
+def check_not_traced(method: str, value: Any) -> None:
+    """Raises if ``value`` is traced, so that overflow would go unseen."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            "`overflow='error'` cannot be checked inside a transformed function. Call "
+            f"`end_task` outside `jit`, or build `{method}` with "
+            "`overflow='strongest'`."
+        )
+
+
+def usage(memory: _memory.GradientMemory) -> tuple[int, int]:
+    """Columns, in use and in all, of the basis with the least room."""
+    rows = [
+        (int(np.max(count)), basis.shape[-1]) for _, basis, count in _entries(memory)
+    ]
+    return min(rows, key=lambda row: row[1] - row[0], default=(0, 0))
+
+
+def grow(
+    memory: _memory.GradientMemory, targets: Targets, capacity: int
+) -> _memory.GradientMemory:
+    """The memory with room for ``capacity`` columns, where the adapter leaves it."""
+
+    def pad(path, basis):
+        width = max(basis.shape[-1], min(capacity, _room(targets, path)))
+        widths = [(0, 0)] * (basis.ndim - 1) + [(0, width - basis.shape[-1])]
+        return jnp.pad(basis, widths)
+
+    wider = [pad(path, basis) for path, basis, _ in _entries(memory)]
+    return memory._replace(basis=jax.tree.structure(memory.basis).unflatten(wider))
