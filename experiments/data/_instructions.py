@@ -151,7 +151,7 @@ def _task(place: str, name: str, files: _Files) -> TextTask:
             )
     train, test = (parts[part] for part in _PARTS)
     given = {answers for _, answers in train + test}
-    words = tuple(sorted({answers[0] for answers in given}))
+    words = tuple(sorted({word for answers in given for word in answers}))
     note = "; ".join(notes)
     if len(words) < 2:
         raise DataError(f"{place} has one answer alone, {words[0]!r}. Leave it out.")

@@ -57,6 +57,12 @@ def test_two_right_answers_at_once_are_free_text(tmp_path):
     assert free.answers == ()
 
 
+def test_one_answer_in_two_forms_is_free_text(tmp_path):
+    both = [["x", "y"]]
+    _, free = read_tasks(write(tmp_path, a=WORDS, b=(both, both)))
+    assert free.answers == ()
+
+
 def test_an_archive_is_read_like_the_folder_in_it(tmp_path):
     folder = write(tmp_path / "tasks", a=WORDS, b=FREE)
     archive = pack(tmp_path / "tasks", tmp_path / "tasks.tar.any")
