@@ -18,6 +18,9 @@ from optax_cl.routing._adam import (
 )
 from optax_cl.routing._aliases import decoupled_adamw as decoupled_adamw
 from optax_cl.routing._aliases import multi_steps as multi_steps
+from optax_cl.routing._attenuate import AttenuateState as AttenuateState
+from optax_cl.routing._attenuate import attenuate as attenuate
+from optax_cl.routing._attenuate import project as project
 from optax_cl.routing._capture import capture_raw as capture_raw
 from optax_cl.routing._capture import chain as chain
 from optax_cl.routing._factored import (
@@ -28,11 +31,7 @@ from optax_cl.routing._factored import (
 )
 from optax_cl.routing._meters import measure as measure
 from optax_cl.routing._meters import measure_gain as measure_gain
-from optax_cl.routing._protect import AttenuateState as AttenuateState
 from optax_cl.routing._protect import ProtectState as ProtectState
-from optax_cl.routing._protect import Subspace as Subspace
-from optax_cl.routing._protect import attenuate as attenuate
-from optax_cl.routing._protect import project as project
 from optax_cl.routing._protect import protect as protect
 from optax_cl.routing._rules import Context as Context
 from optax_cl.routing._rules import Rule as Rule
@@ -42,3 +41,4 @@ from optax_cl.routing._rules import one_minus as one_minus
 from optax_cl.routing._rules import proportional as proportional
 from optax_cl.routing._rules import ratchet as ratchet
 from optax_cl.routing._rules import spring as spring
+from optax_cl.routing._subspace import Subspace as Subspace

@@ -10,7 +10,7 @@ import optax
 
 from optax_cl._core import checks, linalg, subspaces, tasks, trees
 from optax_cl._core.matrices import to_matrix
-from optax_cl.routing import _capture, _protect
+from optax_cl.routing import _capture, _subspace
 
 
 class ShadowMomentState(NamedTuple):
@@ -172,7 +172,7 @@ def measure_gain(
     def update_fn(
         updates, state, params=None, *, basis=None, raw_updates=None, **extra_args
     ):
-        space = _protect.require_basis("measure_gain", basis)
+        space = _subspace.require_basis("measure_gain", basis)
         raw = _capture.require_raw("measure_gain", raw_updates, updates)
         old = state["shadow"].raw_nu
         shadow = optax.tree.update_moment_per_elem_norm(raw, old, b2, 2)
@@ -196,14 +196,14 @@ def measure_gain(
 
 
 def _overlap(updates, extra_args):
-    space = _protect.require_basis("measure", extra_args.get("basis"))
+    space = _subspace.require_basis("measure", extra_args.get("basis"))
     raw = _capture.require_raw("measure", extra_args.get("raw_updates"), updates)
-    shares = jax.tree.leaves(_protect.overlap(space, raw))
+    shares = jax.tree.leaves(_subspace.overlap(space, raw))
     return sum(shares, start=jnp.zeros([])) / max(len(shares), 1)
 
 
 def _strength(updates, extra_args):
-    space = _protect.require_basis("measure", extra_args.get("basis"))
+    space = _subspace.require_basis("measure", extra_args.get("basis"))
     now = subspaces.coefficients(space.views, space.basis, updates)
     raw = trees.align_structure("basis.raw", space.raw, now)
     energy = trees.squared_norm(raw)
@@ -212,7 +212,7 @@ def _strength(updates, extra_args):
 
 
 def _leak(updates, extra_args):
-    space = _protect.require_basis("measure", extra_args.get("basis"))
+    space = _subspace.require_basis("measure", extra_args.get("basis"))
     coeffs = subspaces.coefficients(space.views, space.basis, updates)
     protected = jax.tree.map(
         lambda u, c: c if trees.is_masked(c) else u, updates, coeffs
@@ -250,7 +250,7 @@ def _gain(space, nu, *, count, b2, eps, eps_root):
 
 
 def _mean_ratio(
-    space: _protect.Subspace, used: chex.ArrayTree, raw: chex.ArrayTree
+    space: _subspace.Subspace, used: chex.ArrayTree, raw: chex.ArrayTree
 ) -> chex.Array:
     bases = trees.align_structure("basis", space.basis, used)
     filled = jax.tree.map(

@@ -1,4 +1,4 @@
-"""One owner for the memory of a protected subspace, and the links that read it."""
+"""One owner for the memory of a protected subspace, which it lends to links inside."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,15 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, linalg, subspaces, tasks, trees
-from optax_cl._core.matrices import (
-    ViewRule,
-    from_matrix,
-    matrix_shape,
-    matrix_views,
-    tree_views,
-)
-from optax_cl.routing import _capture, _rules
+from optax_cl._core import checks, subspaces, tasks, trees
+from optax_cl._core.matrices import ViewRule, matrix_shape, matrix_views, tree_views
+from optax_cl.routing import _capture, _subspace
 
 
 class ProtectState(NamedTuple):
@@ -46,33 +40,6 @@ class ProtectSettings:
     memory: str
     svd: str
     labels: str
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Declaration:
-    """What a link needs of the owner; leafless, read by ``protect`` at ``init``."""
-
-    needs: frozenset[str]
-
-
-class Subspace(NamedTuple):
-    """The extra argument ``basis`` that ``protect`` binds for the links inside it."""
-
-    basis: chex.ArrayTree  # U
-    energy: chex.ArrayTree  # e
-    raw: chex.ArrayTree  # U^T g, g the raw gradient
-    displacement: chex.ArrayTree | None  # U^T (W - W*)
-    curvature: chex.ArrayTree | None  # Lambda
-    mean: chex.ArrayTree | None  # corrected average of `raw`
-    views: ViewRule
-
-
-class AttenuateState(NamedTuple):
-    """State of ``attenuate``: the rule's own averages."""
-
-    rule: Any
-    declaration: Any  # Declaration: static, no leaves
 
 
 def protect(
@@ -247,7 +214,7 @@ def protect(
             )
             weight = decay * weight + (1 - decay)
             corrected = jax.tree.map(lambda m: m / weight, mean)
-        extra_args["basis"] = Subspace(
+        extra_args["basis"] = _subspace.Subspace(
             basis=state.basis,
             energy=state.energy,
             raw=raw,
@@ -264,197 +231,20 @@ def protect(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def attenuate(
-    strength: Any = None, *, weighted: bool = False
-) -> optax.GradientTransformationExtraArgs:
-    r"""Attenuates the updates' component in the protected subspace.
-
-    .. math:: \tilde g = g + U (C' - C), \qquad C = U^T g, \quad C' = \text{rule}(C)
-
-    **Placement.** Inside ``protect``. Before the moments it is a modifier: with
-    decoupled moments an axis-aligned direction moves (1 - a) times as far as under
-    plain Adam, with shared moments just as far as if it were not there. After the
-    moments it acts on the update (``post``): U^T u shrinks by exactly (1 - a). With a
-    basis that is not axis-aligned, only ``post`` is exact: at a = 1, the study
-    ``alpha_sweep`` finds 6 % (shared), 7 to 13 % (max) and 15 to 18 % (raw) of the
-    updates' energy still inside the subspace, against 1e-13 after the moments. The
-    wider the coordinates' scales are spread, the worse. Gates read the raw gradient,
-    and scale what arrives, so they mean the same on both sides of the learning rate;
-    ``spring`` adds, and belongs before it.
-
-    Args:
-      strength: A number in [0, 1], an Optax schedule, or a rule (``constant``,
-        ``one_minus``, ``proportional``, ``ratchet``, ``balance``, ``spring``). None is
-        ``balance(1)``, the safest choice in our comparisons.
-      weighted: Scale the strength of column k by :math:`\sqrt{e_k / e_1}`, its relative
-        singular value, instead of plain :math:`U U^T`.
-
-    Returns:
-      A ``GradientTransformationExtraArgs``; its update reads the extra arguments
-      ``basis`` and ``raw_updates`` that ``protect`` binds. Its state holds the rule's
-      own averages only.
-
-    Raises:
-      TypeError: For a strength that is neither number, schedule nor rule; at trace time
-        outside ``protect``, where there is no basis.
-      ValueError: For a number outside [0, 1].
-
-    Example:
-      >>> import jax.numpy as jnp, optax_cl
-      >>> tx = optax_cl.protect(2, optax_cl.attenuate(0.5),
-      ...                       optax_cl.scale_by_decoupled_adam())
-      >>> w = jnp.ones((3, 4))
-      >>> updates, state = tx.update(w, tx.init(w), w)  # nothing to protect yet
-      >>> print(updates[0, 0].round(3))
-      1.0
-
-    References:
-      `arXiv:2604.22407v1 <https://arxiv.org/abs/2604.22407v1>`_, since reported
-      withdrawn
-
-      Saha and Roy, `Scaled Gradient Projection <https://arxiv.org/abs/2302.01386>`_,
-      2023 (weights from singular values; theirs follow another formula)
-    """
-    rule = _rules.balance() if strength is None else _rules.as_rule(strength)
-
-    def init_fn(params):
-        return AttenuateState(rule.init(params), Declaration(frozenset(rule.needs)))
-
-    def update_fn(
-        updates, state, params=None, *, basis=None, raw_updates=None, **extra_args
-    ):
-        del params, extra_args
-        space = require_basis("attenuate", basis)
-        coeffs = subspaces.coefficients(space.views, space.basis, updates)
-        context = _context(space, rule.needs, coeffs, raw_updates, updates)
-        new, rule_state = rule.apply(coeffs, context, state.rule)
-        change = jax.tree.map(jnp.subtract, new, coeffs)
-        if weighted:
-            change = jax.tree.map(_weigh, change, _aligned(space.energy, change))
-        return _add_lifted(space, updates, change), state._replace(rule=rule_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def project() -> optax.GradientTransformationExtraArgs:
-    r"""Removes the protected component altogether: :math:`u - U U^T u`.
-
-    **Placement.** Inside ``protect``, after the moments and after weight decay; then
-    the step leaves ``U^T W`` unchanged to rounding (\|U^T u\| / \|u\| below 1e-6), on
-    either side of the learning rate. Whatever is chained after it that is not a
-    scalar multiple breaks that. Before the moments it is the projection of the SGD
-    papers, and Adam leaks. Stateless.
-
-    Returns:
-      A ``GradientTransformationExtraArgs`` without state.
-
-    Raises:
-      TypeError: At trace time outside ``protect``.
-
-    Example:
-      >>> import optax_cl
-      >>> tx = optax_cl.protect(8, optax_cl.scale_by_decoupled_adam(),
-      ...                       optax_cl.project())
-
-    References:
-      Wang et al, `Training Networks in Null Space <https://arxiv.org/abs/2103.07113>`_,
-      2021
-    """
-
-    def update_fn(updates, state, params=None, *, basis=None, **extra_args):
-        del params, extra_args
-        space = require_basis("project", basis)
-        coeffs = subspaces.coefficients(space.views, space.basis, updates)
-        return _add_lifted(space, updates, jax.tree.map(jnp.negative, coeffs)), state
-
-    return optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(), update_fn
-    )
-
-
-def require_basis(method: str, basis: Subspace | None) -> Subspace:
-    """The bound subspace, or an error naming the fix."""
-    if basis is None:
-        raise TypeError(
-            f"`{method}` needs a protected subspace, and there is no `basis` here. Put "
-            f"it inside the owner of one: `optax_cl.protect(rank, {method}(...), ...)`."
-        )
-    return basis
-
-
-def overlap(space: Subspace, raw_updates: chex.ArrayTree) -> chex.ArrayTree:
-    """``||U^T g||^2 / ||g||^2`` of every protected leaf, in [0, 1].
-
-    It is 0 where ``||g||^2`` is 0 or not finite: the averages of it would stay NaN.
-    """
-    raw = trees.align_structure("basis.raw", space.raw, raw_updates)
-
-    def one(g, c):
-        if trees.is_masked(c):
-            return c
-        total = trees.leaf_vdot(g, g)
-        inside = trees.leaf_vdot(c, c)
-        usable = (total > 0) & jnp.isfinite(total)
-        return jnp.where(usable, inside, 0.0) / jnp.where(usable, total, 1.0)
-
-    return jax.tree.map(one, raw_updates, raw)
-
-
-def _context(space, needs, coeffs, raw_updates, updates):
-    def get(name):
-        if name not in needs:
-            return None
-        return _aligned(getattr(space, name), coeffs)
-
-    measured = None
-    if "overlap" in needs:
-        raw = _capture.require_raw("attenuate", raw_updates, updates)
-        measured = overlap(space, raw)
-    return _rules.Context(
-        raw=_aligned(space.raw, coeffs),
-        displacement=get("displacement"),
-        curvature=get("curvature"),
-        mean=get("mean"),
-        overlap=measured,
-    )
-
-
-def _aligned(tree, like):
-    return trees.align_structure("basis", tree, like)
-
-
-def _add_lifted(space, updates, change):
-    """``g + U C`` at every protected leaf, in the dtype of g."""
-    bases = trees.align_structure("basis", space.basis, updates)
-
-    def one(path, g, u, c):
-        if trees.is_masked(u):
-            return g
-        view = space.views(checks.path_str(path), g.shape)
-        lifted = from_matrix(linalg.lift(u, c), view, g.shape)
-        return (g.astype(lifted.dtype) + lifted).astype(g.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, updates, bases, change)
-
-
-def _weigh(change, energy):
-    largest = jnp.max(energy, axis=-1, keepdims=True)
-    ratio = jnp.sqrt(energy / jnp.where(largest > 0, largest, 1.0))
-    return change * ratio[..., :, None]
-
-
 def _declared_needs(state: Any) -> frozenset[str]:
     """Union of the declarations of links that read this owner; leafless nodes."""
     found: set[str] = set()
 
     def visit(node):
-        if isinstance(node, Declaration):
+        if isinstance(node, _subspace.Declaration):
             found.update(node.needs)
         return node
 
     # Links inside another owner read that one.
     jax.tree.map(
-        visit, state, is_leaf=lambda n: isinstance(n, Declaration | ProtectState)
+        visit,
+        state,
+        is_leaf=lambda n: isinstance(n, _subspace.Declaration | ProtectState),
     )
     return frozenset(found)
 
@@ -544,11 +334,7 @@ def _where_anchored(new: ProtectState, old: ProtectState) -> ProtectState:
 
 
 def _project_tree(state, tree):
-    space = Subspace(
-        state.basis, state.energy, None, None, None, None, state.settings.views
-    )
-    coeffs = subspaces.coefficients(space.views, space.basis, tree)
-    return _add_lifted(space, tree, jax.tree.map(jnp.negative, coeffs))
+    return _subspace.removed(state.settings.views, state.basis, tree)
 
 
 tasks.register_boundary(
