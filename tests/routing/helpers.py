@@ -1,20 +1,15 @@
-"""Streams of gradients, and protected subspaces put in place by hand."""
+"""Streams of gradients, and protected subspaces, by boundaries or put in by hand."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import optax_cl
+from optax_cl import matrix_views
 from optax_cl.routing import ProtectState
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def orthonormal(seed, rows, columns):
-    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(rows, columns)))
-    return jnp.asarray(q, jnp.float32)
+from tests.arrays import normal
 
 
 def run(tx, grads, params=None, state=None):
@@ -37,3 +32,52 @@ def install(state, **fields):
             fields["basis"].shape[:-2] + fields["basis"].shape[-1:]
         )
     return optax_cl.map_states(lambda s: s._replace(**fields), state, ProtectState)
+
+
+# A linear classifier and an owner of its subspace.
+
+KEY = jax.random.key(0)
+IN, OUT = 6, 3
+
+
+def logits(params, batch):
+    return batch["x"] @ params["w"] + params["b"]
+
+
+TASK = optax_cl.classification(logits, lambda batch: batch["y"])
+
+
+def make_params(seed=0):
+    return {"w": normal(seed, IN, OUT), "b": jnp.zeros((1, OUT))}
+
+
+def make_batches(seed, sizes=(5, 5, 5), scale=None):
+    """Batches of one task; ``scale`` weighs the input directions."""
+    rng = np.random.default_rng(seed)
+    scale = np.ones(IN) if scale is None else np.asarray(scale)
+    return [
+        {
+            "x": jnp.asarray(rng.normal(size=(n, IN)) * scale, jnp.float32),
+            "y": jnp.asarray(rng.integers(0, OUT, n)),
+        }
+        for n in sizes
+    ]
+
+
+@functools.cache
+def protected(rank=2, *, rule=None, **settings):
+    links = [optax_cl.scale_by_decoupled_adam()]
+    if rule is not None:
+        links = [optax_cl.attenuate(rule), *links]
+    settings = {"matrices": matrix_views(skip="b"), **settings}
+    return optax_cl.protect(rank, *links, **settings)
+
+
+def boundary(state, params, batches, key=KEY, task=TASK):
+    stats = optax_cl.collect(state, params, batches, task=task, key=key)
+    return optax_cl.end_task(state, params, stats)
+
+
+def projector(u):
+    u = np.asarray(u, np.float64)
+    return u @ np.swapaxes(u, -1, -2)

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import optax_cl
-from tests.routing.helpers import install, normal, orthonormal, run
+from tests.arrays import normal, orthonormal
+from tests.routing.helpers import install, run
 
 STRENGTHS = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
 

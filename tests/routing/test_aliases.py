@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_cl
-from tests.routing.helpers import normal
+from tests.arrays import normal
 
 
 def test_order_is_modifiers_moments_decay_post_rate():

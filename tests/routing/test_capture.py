@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import optax_cl
-from tests.routing.helpers import normal, run
+from tests.arrays import normal
+from tests.routing.helpers import run
 
 
 def adam(**kwargs):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_cl
-from tests.routing.helpers import normal
+from tests.arrays import normal
 
 SHAPES = {"big": (130, 140), "wide": (128, 3, 129), "small": (20, 30), "bias": (9,)}
 

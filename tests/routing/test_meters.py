@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import optax_cl
-from tests.routing.helpers import install, normal, orthonormal
+from tests.arrays import normal, orthonormal
+from tests.routing.helpers import install
 
 BASIS = orthonormal(0, 6, 2)
 G = normal(1, 6, 3)

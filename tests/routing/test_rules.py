@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import optax_cl
 from optax_cl.routing import Context
-from tests.routing.helpers import install, normal, orthonormal, run
+from tests.arrays import normal, orthonormal
+from tests.routing.helpers import install, run
 
 SEEDS = st.integers(0, 2**31 - 1)
 SHAPE = (3, 4)
