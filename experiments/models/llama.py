@@ -39,9 +39,7 @@ References:
   <https://arxiv.org/abs/2104.09864>`_, 2021
 """
 
-import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import chex
@@ -60,8 +58,8 @@ from experiments.models._llama_config import (
     check_tokens,
     empty_cache,
 )
-from optax_cl import lora
-from optax_cl._core import checks
+from experiments.models._llama_layer import layers, rms_norm, rotate, sight
+from experiments.models._llama_parts import last_layers, rest, trunk
 
 __all__ = [
     "KERNELS",
@@ -73,10 +71,12 @@ __all__ = [
     "features",
     "forward",
     "init",
+    "last_layers",
     "next_token_loss",
+    "rest",
     "rms_norm",
     "rotate",
-    "truncate",
+    "trunk",
     "unembed",
 ]
 
@@ -115,32 +115,6 @@ def init(
     keys = jax.random.split(key, len(paths_and_leaves))
     leaves = [draw(k, *pair) for k, pair in zip(keys, paths_and_leaves, strict=True)]
     return jax.tree.unflatten(structure, leaves)
-
-
-def truncate(
-    config: LlamaConfig, params: Mapping[str, Any], layers: int
-) -> tuple[LlamaConfig, dict[str, Any]]:
-    """The model of the first ``layers`` layers, with the same embedding and last norm.
-
-    Args:
-      config: Sizes of the whole model.
-      params: Its parameters.
-      layers: How many layers to keep.
-
-    Returns:
-      Sizes and parameters of the shorter model.
-
-    Raises:
-      ValueError: If the model has fewer layers.
-    """
-    checks.check_positive_int("layers", layers)
-    if layers > config.layers:
-        raise ValueError(
-            f"`layers` must be at most the {config.layers} of the model; got {layers}."
-        )
-    check_params(config, params)
-    kept = jax.tree.map(lambda leaf: leaf[:layers], params["layers"])
-    return dataclasses.replace(config, layers=layers), {**params, "layers": kept}
 
 
 def forward(
@@ -220,7 +194,6 @@ def features(
         check_cache(config, cache, *tokens.shape)
     adapters = {} if adapters is None else adapters
     check_adapters(config, adapters, targets)
-    scales = {path: targets[path].scale for path in adapters}
     valid = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     # Slots: where the tokens' keys stand. Positions: how many real tokens came before.
     start, seen, before = 0, valid, jnp.cumsum(valid, axis=1) - valid
@@ -228,38 +201,13 @@ def features(
         start = cache.length
         seen = jax.lax.dynamic_update_slice(cache.valid, valid, (0, start))
         before += cache.valid.sum(axis=1, keepdims=True)
-    positions = before if positions is None else positions
-    # A token sees the slots up to its own, except for padding: [batch, 1, time, slots].
-    slots, own = jnp.arange(seen.shape[1]), start + jnp.arange(tokens.shape[1])
-    causal = slots[None, :] <= own[:, None]
-    visible = (causal[None] & seen[:, None])[:, None]
-    turns = _turns(config, jnp.broadcast_to(positions, tokens.shape))
-
-    def layer(x, stacked):
-        layer_params, layer_adapters, past = stacked
-
-        def dense(name, x):
-            path = f"layers/{name}/kernel"
-            adapter, scale = layer_adapters.get(path), scales.get(path, 1.0)
-            y = lora.dense(x, layer_params[name]["kernel"], adapter, scale)
-            # Adapters may have a wider dtype than the model.
-            return y.astype(x.dtype)
-
-        def norm(name, x):
-            return rms_norm(x, layer_params[name]["scale"], config.norm_eps)
-
-        normed = norm("norm_attention", x)
-        attended, past = _attention(config, dense, normed, past, start, turns, visible)
-        x = x + attended
-        normed = norm("norm_hidden", x)
-        gated = jax.nn.silu(dense("gate", normed)) * dense("up", normed)
-        return x + dense("down", gated), past
-
-    if config.remat:
-        layer = jax.checkpoint(layer, prevent_cse=False)
+    positions = jnp.broadcast_to(
+        before if positions is None else positions, tokens.shape
+    )
     x = params["embed"]["embedding"][tokens]
     past = None if cache is None else (cache.keys, cache.values)
-    x, past = jax.lax.scan(layer, x, (params["layers"], dict(adapters), past))
+    view = sight(config, positions, seen, start)
+    x, past = layers(config, params["layers"], x, adapters, targets, view, past)
     if past is not None:
         keys, values = past
         cache = Cache(keys, values, seen, start + tokens.shape[1])
@@ -272,22 +220,6 @@ def unembed(params: Mapping[str, Any], hidden: chex.Array) -> chex.Array:
     return jnp.einsum(
         "...d,vd->...v", hidden, table, preferred_element_type=jnp.float32
     )
-
-
-def rms_norm(x: chex.Array, scale: chex.Array, eps: float) -> chex.Array:
-    """Divides by the root mean square of the last axis, in float32, and scales."""
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
-    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
-    return (wide * inverse * scale).astype(x.dtype)
-
-
-def rotate(x: chex.Array, turns: tuple[chex.Array, chex.Array]) -> chex.Array:
-    """Turns coordinates j and j + dim / 2 of ``[batch, time, heads, dim]`` together."""
-    cos, sin = turns
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return turned.astype(x.dtype)
 
 
 def next_token_loss(
@@ -346,27 +278,3 @@ def _variables(tree: Mapping[str, Any]) -> nnx.Dict:
             for name, node in tree.items()
         }
     )
-
-
-def _turns(config: LlamaConfig, positions: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Cosines and sines of p theta^(-2j / dim), ``[batch, time, 1, dim / 2]``."""
-    exponents = jnp.arange(0, config.head_dim, 2) / config.head_dim
-    frequencies = config.rope_theta ** -exponents[None, None, None]
-    angles = positions[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _attention(config, dense, x, past, start, turns, visible):
-    """Grouped-query attention; returns its output and the layer's new past."""
-
-    def split(y, heads):
-        return y.reshape(*y.shape[:2], heads, config.head_dim)
-
-    query = rotate(split(dense("q", x), config.heads), turns)
-    key = rotate(split(dense("k", x), config.kv_heads), turns)
-    value = split(dense("v", x), config.kv_heads)
-    if past is not None:
-        write = partial(jax.lax.dynamic_update_slice, start_indices=(0, start, 0, 0))
-        past = key, value = write(past[0], key), write(past[1], value)
-    attended = jax.nn.dot_product_attention(query, key, value, mask=visible)
-    return dense("o", attended.reshape(x.shape)), past

@@ -1,14 +1,21 @@
-"""Text tasks as token arrays, and a pre-trained language model that answers them.
+"""Text tasks as arrays, and a pre-trained language model that answers them.
 
-An example is a question, a text cut to what fits, and "Answer:"; the model answers with
-the first token of one of the task's words. Its loss is the cross-entropy of that token
-over the whole vocabulary; its accuracy compares the words only.
+An example is a question, a text cut to what fits, and "Answer:"; some places of it ask
+for the token that comes next. A question that one word answers has one such place, the
+last, and asks for the first token of the right word. The loss is the cross-entropy over
+the whole vocabulary, mean over what is asked; accuracy compares the task's words only.
 
-The stream ``"sequence"`` are six tasks in an order of each seed's own. The stream
-``"mined"`` are pairs of yes-no questions: of all pairs of a pool, those whose mean
-gradients at the pre-trained weights have the lowest cosine.
+Only the last layers of the model are adapted. What enters them, the residual stream
+after all layers before, is the same in every step and for every arm, so it is computed
+once for each text (``read``) and takes the place of the tokens.
+
+The stream ``"sequence"`` are tasks in an order of each seed's own. The stream
+``"mined"`` are pairs of yes-no questions, see ``_lora_text_mining``.
 """
 
+import os
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
@@ -16,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_cl
 from experiments.data import Stream, TextTask
@@ -24,33 +32,37 @@ from experiments.studies._lora_program import Bench
 from optax_cl import lora
 
 STREAMS = ("sequence", "mined")
-_CHUNK = 16  # texts that are evaluated at once
+_CHUNK = 16  # texts that are evaluated, or read, at once on one device
+_GENERAL_ASKED = 8  # places of a text of no task whose next token is asked for
 
 
-class Tokens(NamedTuple):
-    """Examples of several tasks."""
+class Examples(NamedTuple):
+    """Examples; any leading axes, such as the task's and the example's."""
 
-    tokens: chex.Array  # int32 [tasks, examples, length], padded on the right
-    last: chex.Array  # int32 [tasks, examples], place of the last real token
-    answer: chex.Array  # int32 [tasks, examples], index of the right word
+    # int32 [..., length], tokens padded on the right; or float [..., length, width],
+    # the stream that they become before the adapted layers.
+    inputs: chex.Array
+    where: chex.Array  # int32 [..., asked], places whose next token is asked for
+    target: chex.Array  # int32 [..., asked], that token; -1: none
+    answer: chex.Array  # int32 [...], index of the right word; -1: no such words
 
 
 class Data(NamedTuple):
     """Everything the lanes share."""
 
-    frozen: chex.ArrayTree  # the model without the adapted kernels
+    frozen: chex.ArrayTree  # the last layers without the adapted kernels
     adapted: chex.ArrayTree  # the adapted kernels
     words: chex.Array  # int32 [tasks, most words], first tokens; -1: none
-    train: Tokens
-    test: Tokens
-    general: chex.Array  # int32 [windows, length], text of no task
+    train: Examples  # [tasks, examples]
+    test: Examples  # [tasks, examples]
+    general: Examples  # [windows], text of no task
     order: chex.Array  # int32 [seeds, tasks of a sequence]
 
 
 class Settings(NamedTuple):
     """What fixes the shapes."""
 
-    config: llama.LlamaConfig
+    config: llama.LlamaConfig  # of the last layers
     pattern: str  # of the adapted kernels
     rank: int
     batch: int
@@ -60,7 +72,7 @@ class Settings(NamedTuple):
 
 def split(params: chex.ArrayTree, pattern: str) -> tuple[Any, Any]:
     """The parameters without the adapted kernels, and those alone, both with holes."""
-    chosen = lora.targets(params, {pattern: 1}, alpha=1.0, matrices=_views())
+    chosen = lora.targets(params, {pattern: 1}, alpha=1.0, matrices=views())
 
     def pick(keep):
         return jax.tree_util.tree_map_with_path(
@@ -79,7 +91,7 @@ def join(frozen: Any, adapted: Any) -> Any:
 
 def encode(
     tasks: tuple[TextTask, ...], tokenizer: Any, length: int, train: int, test: int
-) -> tuple[np.ndarray, Tokens, Tokens]:
+) -> tuple[np.ndarray, Examples, Examples]:
     """Words and examples of the tasks as tokens.
 
     Raises:
@@ -95,13 +107,14 @@ def encode(
     parts = []
     for part, count in (("train", train), ("test", test)):
         encoded = [
-            _examples(t, getattr(t, part), tokenizer, length, count) for t in tasks
+            _examples(task, getattr(task, part), first, tokenizer, length, count)
+            for task, first in zip(tasks, words, strict=True)
         ]
-        parts.append(Tokens(*(np.stack(field) for field in zip(*encoded, strict=True))))
+        parts.append(jax.tree.map(lambda *each: np.stack(each), *encoded))
     return words, parts[0], parts[1]
 
 
-def _examples(task, rows, tokenizer, length, count):
+def _examples(task, rows, words, tokenizer, length, count):
     if len(rows) < count:
         raise ValueError(f"{task.name} has {len(rows)} texts; {count} were asked for.")
     chosen = np.random.default_rng(0).permutation(len(rows))[:count]
@@ -121,89 +134,70 @@ def _examples(task, rows, tokenizer, length, count):
         ids = before + text + after
         tokens[i, : len(ids)] = ids
         last[i] = len(ids) - 1
-    return tokens, last, np.array([rows[row][1] for row in chosen], np.int32)
+    answer = np.array([rows[row][1] for row in chosen], np.int32)
+    return Examples(tokens, last[:, None], words[answer][:, None], answer)
 
 
-def windows(stream: Stream, tokenizer: Any, length: int, count: int) -> np.ndarray:
-    """Held-out text of all domains of a stream as tokens, ``[count, length]``."""
+def windows(stream: Stream, tokenizer: Any, length: int, count: int) -> Examples:
+    """Held-out text of all domains of a stream, asked what goes on here and there."""
     found = []
     for i in range(count):
         text = stream.heldout[i % len(stream.heldout)].tobytes()
         start = 1000 * (i // len(stream.heldout))
         piece = text[start : start + 20 * length].decode("utf-8", "ignore")
         found.append(tokenizer.encode(piece).ids[:length])
-    return np.array(found, np.int32)
+    tokens = np.array(found, np.int32)
+    # In the second half, where there is something to go by.
+    where = np.linspace(length // 2, length - 2, _GENERAL_ASKED).astype(np.int32)
+    where = np.tile(where, [count, 1])
+    target = np.take_along_axis(tokens, where + 1, axis=1)
+    return Examples(tokens, where, target, np.full([count], -1, np.int32))
 
 
-def yes_no_pool(tasks: tuple[TextTask, ...]) -> tuple[TextTask, ...]:
-    """One yes-no question for each class of each task, as often yes as no."""
-    pool = []
-    for task in tasks:
-        for index, word in enumerate(task.answers):
-            parts = {}
-            for part in ("train", "test"):
-                rows = getattr(task, part)
-                yes = [(text, 1) for text, answer in rows if answer == index]
-                no = [(text, 0) for text, answer in rows if answer != index]
-                count = min(len(yes), len(no))
-                random = np.random.default_rng(0)
-                kept = [
-                    side[i]
-                    for side in (yes, no)
-                    for i in random.permutation(len(side))[:count]
-                ]
-                parts[part] = tuple(kept[i] for i in random.permutation(len(kept)))
-            question = f"Is this '{word}', yes or no?"
-            pool.append(
-                TextTask(f"{task.name}: {word}", question, ("no", "yes"), **parts)
-            )
-    return tuple(pool)
+def read(
+    config: llama.LlamaConfig,
+    params: Any,
+    examples: Examples,
+    layers: int,
+    path: Path,
+) -> Examples:
+    """The examples with the stream that enters the last layers for their tokens.
+
+    Args:
+      config: Sizes of the whole model.
+      params: Its parameters.
+      examples: Examples of tokens.
+      layers: How many layers are adapted. If all are, nothing is to be computed.
+      path: A file that keeps the streams, and has them if a run goes on.
+
+    Returns:
+      The examples, with streams.
+    """
+    if layers == config.layers:
+        return examples
+    if not path.exists():
+        tokens = examples.inputs.reshape(-1, examples.inputs.shape[-1])
+        partial_path = path.with_suffix(".partial.npy")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(partial_path, _streams(config, params, tokens, layers))
+        os.replace(partial_path, path)
+    streams = np.load(path)
+    return examples._replace(inputs=streams.reshape(*examples.inputs.shape, -1))
 
 
-def mine(settings: Settings, data: Data, examples: int) -> np.ndarray:
-    """Cosines of the tasks' mean gradients at the pre-trained weights, ``[n, n]``."""
-    targets = lora.targets(
-        data.adapted, {settings.pattern: 1}, alpha=1.0, matrices=_views()
-    )
-    data = jax.tree.map(jnp.asarray, data)
-
-    @jax.jit
-    def gradient(data, task):
-        batch = _take(data.train, data.words, task, jnp.arange(examples))
-        stacked = jax.tree.map(
-            lambda x: x.reshape(-1, settings.batch, *x.shape[1:]), batch
-        )
-        return lora.mean_gradients(
-            targets,
-            lambda params, b: _answer_losses(settings, data, params, b, None, None),
-            data.adapted,
-            stacked,
-            stacked=True,
-        )
-
-    flat = []
-    for task in range(len(data.words)):
-        leaves = jax.tree.leaves(gradient(data, jnp.int32(task)))
-        vector = np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in leaves])
-        flat.append(vector / max(np.linalg.norm(vector), 1e-30))
-    return np.stack(flat) @ np.stack(flat).T
-
-
-def conflicting_pairs(cosines: np.ndarray, count: int) -> np.ndarray:
-    """The pairs of lowest cosine, no task in two of them, ``[count, 2]``."""
-    n = len(cosines)
-    ranked = sorted((cosines[i, j], i, j) for i in range(n) for j in range(i))
-    pairs, used = [], set()
-    for _, i, j in ranked:
-        if len(pairs) < count and not {i, j} & used:
-            pairs.append((j, i))
-            used |= {i, j}
-    if len(pairs) < count:
-        raise ValueError(
-            f"the pool has {n} questions, which make {len(pairs)} disjoint pairs; "
-            f"`--seeds` asks for {count}."
-        )
-    return np.array(pairs, np.int32)
+def _streams(config, params, tokens, layers):
+    """Float ``[n, length, width]`` for tokens ``[n, length]``, on all devices."""
+    mesh = jax.make_mesh((jax.device_count(),), ("texts",), axis_types=(AxisType.Auto,))
+    over = NamedSharding(mesh, PartitionSpec("texts"))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    size = _CHUNK * jax.device_count()
+    run = jax.jit(partial(llama.trunk, config, layers=config.layers - layers))
+    found = []
+    for start in range(0, len(tokens), size):
+        # The last ones come twice rather than in a smaller batch.
+        chunk = tokens[np.arange(start, start + size) % len(tokens)]
+        found.append(np.asarray(run(params, jax.device_put(chunk, over))))
+    return np.concatenate(found)[: len(tokens)]
 
 
 def make_bench(settings: Settings) -> Bench:
@@ -215,20 +209,16 @@ def make_bench(settings: Settings) -> Bench:
 
     def losses(data, lane, params, batch, targets, adapters):
         del lane
-        return _answer_losses(settings, data, params, batch, targets, adapters)
+        return answer_losses(settings, data, params, batch, targets, adapters)
 
     def first(data, lane, task, count):
-        which = jnp.arange(count)
-        return _take(data.train, data.words, data.order[lane.problem, task], which)
+        source = data.order[lane.problem, task]
+        return jax.tree.map(lambda x: x[source, :count], data.train)
 
     def draw(data, lane, tasks, key):
-        which = jax.random.randint(key, tasks.shape, 0, data.train.last.shape[1])
+        which = jax.random.randint(key, tasks.shape, 0, data.train.answer.shape[1])
         source = data.order[lane.problem, tasks]
-        return {
-            "tokens": data.train.tokens[source, which],
-            "last": data.train.last[source, which],
-            "word": data.words[source, data.train.answer[source, which]],
-        }
+        return jax.tree.map(lambda x: x[source, which], data.train)
 
     def evaluate(data, lane, params, targets, stack):
         sources = data.order[lane.problem]
@@ -238,14 +228,15 @@ def make_bench(settings: Settings) -> Bench:
             return _accuracy(settings, data, params, source, targets, adapters)
 
         right = jax.lax.map(one, (sources, stack))
-        return {"accuracy": right, "base": _general_loss(settings, data, params)}
+        general = answer_losses(settings, data, params, data.general, None, None)
+        return {"accuracy": right, "base": general.mean()}
 
     return Bench(
         tasks=settings.tasks,
         batch=settings.batch,
         ranks={settings.pattern: settings.rank},
         surgical_ranks={settings.pattern: settings.rank},
-        matrices=_views(),
+        matrices=views(),
         memory=lambda path: 8 * settings.rank,
         start_examples=settings.examples,
         memory_examples=settings.examples,
@@ -257,7 +248,8 @@ def make_bench(settings: Settings) -> Bench:
     )
 
 
-def _views():
+def views():
+    """How the parameters are read as matrices."""
     return optax_cl.matrix_views(stacked="layers", embeddings="skip")
 
 
@@ -265,50 +257,41 @@ def _name(path):
     return "/".join(str(entry.key) for entry in path)
 
 
-def _take(tokens, words, task, which):
-    return {
-        "tokens": tokens.tokens[task, which],
-        "last": tokens.last[task, which],
-        "word": words[task, tokens.answer[task, which]],
-    }
-
-
-def _last_logits(settings, data, params, tokens, last, targets, adapters):
-    """Logits ``[B, vocabulary]`` of the token after the last real one."""
-    whole = join(data.frozen, params)
-    hidden, _ = llama.features(settings.config, whole, tokens, adapters, targets)
-    chosen = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return llama.unembed(whole, chosen)
-
-
-def _answer_losses(settings, data, params, batch, targets, adapters):
-    logits = _last_logits(
-        settings, data, params, batch["tokens"], batch["last"], targets, adapters
+def answer_losses(
+    settings: Settings,
+    data: Data,
+    params: Any,
+    batch: Examples,
+    targets: Any,
+    adapters: Any,
+) -> chex.Array:
+    """Nats per token asked for, of each example."""
+    whole, hidden = _features(settings, data, params, batch, targets, adapters)
+    asked = batch.target >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        llama.unembed(whole, hidden), jnp.maximum(batch.target, 0)
     )
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["word"])
+    return (losses * asked).sum(-1) / jnp.maximum(asked.sum(-1), 1)
+
+
+def _features(settings, data, params, batch, targets, adapters):
+    """The parameters, and ``[B, asked, width]`` where something is asked."""
+    whole = join(data.frozen, params)
+    stream = batch.inputs
+    if jnp.issubdtype(stream.dtype, jnp.integer):
+        stream = llama.trunk(settings.config, whole, stream, 0)
+    hidden = llama.rest(settings.config, whole, stream, adapters, targets, batch.where)
+    return whole, hidden
 
 
 def _accuracy(settings, data, params, task, targets, adapters):
     words = data.words[task]
 
     def right(example):
-        chunk = jax.tree.map(lambda x: x[None], example)
-        logits = _last_logits(
-            settings, data, params, chunk.tokens, chunk.last, targets, adapters
-        )
-        scores = jnp.where(words >= 0, logits[:, words], -jnp.inf)
-        return scores.argmax(-1)[0] == example.answer
+        one = jax.tree.map(lambda x: x[None], example)
+        whole, hidden = _features(settings, data, params, one, targets, adapters)
+        logits = whole["embed"]["embedding"][words] @ hidden[0, 0]
+        return jnp.where(words >= 0, logits, -jnp.inf).argmax() == example.answer
 
     examples = jax.tree.map(lambda x: x[task], data.test)
     return jax.lax.map(right, examples, batch_size=_CHUNK).mean()
-
-
-def _general_loss(settings, data, params):
-    """Nats per token on text of no task."""
-    whole = join(data.frozen, params)
-
-    def loss(window):
-        logits = llama.forward(settings.config, whole, window[None])
-        return llama.next_token_loss(logits, window[None])
-
-    return jax.lax.map(loss, data.general).mean()

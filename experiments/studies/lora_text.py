@@ -6,16 +6,18 @@ model, SmolLM2-135M, on real text?
 **Setting.** Film reviews, news topics, business reports, headlines, newsgroups and film
 recommendations, each a question answered by one word; see ``_lora_text_data``. Every
 seed has an order of its own. Weights are frozen; rank-8 adapters on the attention
-kernels are trained with Adam and merged after each task.
+kernels of the last layers are trained with Adam and merged after each task. All layers
+run: those before the adapted ones once for each text, the others in every step.
 
-**Sizes.** ``small`` keeps the first layers of the model and short texts, so that two
-CPU cores do it; ``full`` is the whole model with all kernels adapted, for a GPU.
+**Sizes.** ``small`` adapts the last layer and reads short texts, so that two CPU cores
+do it; ``full`` adapts all kernels of all layers, for a GPU.
 
 **Mined pairs.** Published "adversarial" sequences have gradients that agree (mean
 cosine .21 to .28). Here all pairs of a pool of yes-no questions are ranked by the
-cosine of their mean gradients at the pre-trained weights, the lowest are learnt one
-after the other, and SLICE is compared with LoRA-GA. The table of pairs says whether any
-of them conflict: with the first layers alone none did.
+cosine of their mean gradients, the lowest are learnt one after the other, and SLICE is
+compared with LoRA-GA. At the pre-trained weights every question's gradient says the
+same first: answer yes or no. So the model learns this format before, from answers drawn
+at random; see ``_lora_text_mining``.
 
 **Other tasks.** ``--source`` takes a folder of tasks in the form of
 Super-NaturalInstructions, if their answers are a few words that start differently.
@@ -23,25 +25,29 @@ Super-NaturalInstructions, if their answers are a few words that start different
 **Measures.** Accuracy on held-out texts, as for the digits; and the loss on text of no
 task, in nats per token: what the model forgets of its language.
 
-**Choices.** One learning rate for an arm, from tuning orders if more than one is given.
+**Choices.** Every arm takes, for each stream, the learning rate of the best final
+accuracy on a tuning order (or mined pair), which is not reported.
 """
 
 import dataclasses
 import difflib
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from experiments import data, engine, run_folder
 from experiments.models import llama, smollm2
-from experiments.report import Table
 from experiments.studies import Study, field
 from experiments.studies import _lora_arms as arms
 from experiments.studies import _lora_program as program
 from experiments.studies import _lora_report as reporting
 from experiments.studies import _lora_results as results
 from experiments.studies import _lora_text_data as text
+from experiments.studies import _lora_text_mining as mining
+from experiments.studies import _lora_text_mining_report as mining_report
 
 _ATTENTION = r"layers/(q|k|v|o)/kernel"
 _ALL = r"layers/(q|k|v|o|gate|up|down)/kernel"
@@ -58,16 +64,23 @@ CORE = (
     "SLICE 1",
     "SLICE global",
 )
-_MINED = ("init LoRA-GA", "SLICE .5", "SLICE 1", "SLICE global", "always project")
-_GENERAL_WINDOWS = 16
+_MINED = (
+    "init LoRA",
+    "init LoRA-GA",
+    "SLICE .5",
+    "SLICE 1",
+    "SLICE global",
+    "always project",
+)
+_GENERAL_WINDOWS = 32
+_TRUNK = "trunk"  # folder of what enters the adapted layers, while a run lasts
 _RANK = 8
-_EXAMPLES = 64  # that a start or a memory reads, of each task
-_TRAIN = {"sequence": 1024, "mined": 256}  # texts of each task
-
+_EXAMPLES = 32  # that a start or a memory reads, of each task
+_WARM_RATE = 1e-4  # of the kernels, while they learn to answer yes or no
 
 _STREAM_WORDS = {
     "sequence": "text tasks one after another",
-    "mined": "the pairs of questions whose gradients agree least",
+    "mined": "pairs of questions that conflict",
 }
 
 
@@ -83,25 +96,45 @@ class Config:
         help="text6, or a folder of tasks in the form of Super-NaturalInstructions",
     )
     size: Literal["small", "full"] = field(
-        "small", help="small: first layers, two CPU cores; full: a GPU"
+        "small", help="small: the last layer, two CPU cores; full: a GPU"
     )
     arms: tuple[str, ...] = field(CORE, quick=QUICK, help="names of arms")
     tasks: int = field(6, quick=3, minimum=2, help="most tasks of a sequence")
     seeds: int = field(3, quick=2, minimum=2, help="orders (and pairs) reported")
     first_seed: int = field(1000, minimum=0, help="the first of them")
-    tuning: int = field(0, minimum=0, help="orders that choose learning rates")
+    tuning: int = field(1, quick=0, minimum=0, help="orders that choose learning rates")
     first_tuning_seed: int = field(0, minimum=0, help="the first of them")
-    rates: tuple[float, ...] = field((1e-3,), minimum=1e-9, help="learning rates")
-    layers: int = field(0, quick=2, minimum=0, help="layers of the model")
-    length: int = field(0, quick=48, minimum=0, help="tokens of an example")
-    batch: int = field(0, quick=8, minimum=0, help="examples in a batch")
-    steps: int = field(0, quick=20, minimum=0, help="steps per task")
+    rates: tuple[float, ...] = field(
+        (3e-3, 1e-2), quick=(1e-2,), minimum=1e-9, help="learning rates"
+    )
+    layers: int = field(0, minimum=0, help="last layers that are adapted")
+    length: int = field(0, minimum=0, help="tokens of an example")
+    batch: int = field(0, minimum=0, help="examples in a batch")
+    steps: int = field(0, quick=12, minimum=0, help="steps per task")
+    warm: int = field(0, quick=30, minimum=0, help="steps before pairs are mined")
+    train: int = field(0, quick=48, minimum=0, help="training texts of each task")
     test: int = field(0, quick=32, minimum=0, help="held-out texts of each task")
 
 
 SIZES = {
-    "small": {"layers": 6, "length": 64, "batch": 8, "steps": 60, "test": 64},
-    "full": {"layers": 30, "length": 128, "batch": 32, "steps": 500, "test": 512},
+    "small": {
+        "layers": 1,
+        "length": 48,
+        "batch": 16,
+        "steps": 40,
+        "warm": 100,
+        "train": 128,
+        "test": 64,
+    },
+    "full": {
+        "layers": 30,
+        "length": 128,
+        "batch": 32,
+        "steps": 500,
+        "warm": 200,
+        "train": 1024,
+        "test": 512,
+    },
 }
 
 
@@ -152,55 +185,105 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
     context.progress.plan(sum(each) * len(config.rates))
 
     model = smollm2.load()
-    cut, params = llama.truncate(model.config, model.params, size["layers"])
-    pattern = _ALL if config.size == "full" else _ATTENTION
-    frozen, adapted = text.split(params, pattern)
-    general = text.windows(
-        data.load_stream("mini8"), model.tokenizer, size["length"], _GENERAL_WINDOWS
-    )
+    if size["layers"] > model.config.layers:
+        raise ValueError(f"`--layers` must be at most {model.config.layers}.")
     for stream in config.streams:
-        pool = tasks if stream == "sequence" else text.yes_no_pool(tasks)
-        words, train, test = text.encode(
-            pool,
-            model.tokenizer,
-            size["length"],
-            min(_TRAIN[stream], *(len(task.train) for task in pool)),
-            min(size["test"], *(len(task.test) for task in pool)),
-        )
-        settings = text.Settings(
-            cut, pattern, _RANK, size["batch"], work[stream], _EXAMPLES
-        )
-        arrays = text.Data(
-            frozen, adapted, words, train, test, general, np.zeros([1, 1], np.int32)
-        )
+        bench = _Bench(model, config, size, folder, context.progress.say)
         if stream == "sequence":
-            order = [
-                np.random.default_rng(seed).permutation(len(pool))[: work[stream]]
-                for seed in seeds
-            ]
-            order = np.stack(order).astype(np.int32)
+            settings, arrays = bench.data(stream, tasks, size["train"], size["test"])
+            order = np.stack(
+                [np.random.default_rng(seed).permutation(len(tasks)) for seed in seeds]
+            )
+            arrays = arrays._replace(order=order[:, : work[stream]].astype(np.int32))
         else:
-            cosines = text.mine(settings, arrays, _EXAMPLES)
-            order = text.conflicting_pairs(cosines, len(seeds))
-            mined = {
-                "names": [task.name for task in pool],
-                "cosines": cosines,
-                "pairs": order,
-            }
-            run_folder.write_json(folder / "mined.json", mined)
-        arrays = arrays._replace(order=order)
-        bench = text.make_bench(settings)
+            settings, arrays = bench.mined(tasks, len(tuning), len(reported))
+        settings = settings._replace(tasks=work[stream])
         for name, pairs in chosen.items():
             if pairs[0][1] == stream:
                 family = arms.FAMILIES[name.removeprefix(f"{stream}-")]
-                made = program.make_program(bench, family, size["steps"])
+                made = program.make_program(
+                    text.make_bench(settings), family, size["steps"]
+                )
                 context.run(
                     made._replace(name=name),
                     arrays,
                     arms.make_lanes(pairs, text.STREAMS, config.rates, seeds),
                     chunk_steps=max(1, size["steps"] // 4),
                 )
+    shutil.rmtree(folder / _TRUNK, ignore_errors=True)
     return reporting.summarize(results.load(folder, chosen, config))
+
+
+class _Bench(NamedTuple):
+    """What both streams are made from."""
+
+    model: smollm2.SmolLM2
+    config: Config
+    size: dict[str, int]
+    folder: Path
+    say: Callable[[str], None]
+
+    def data(self, name, tasks, train, test):
+        """Settings and arrays of some tasks, at the pre-trained weights."""
+        size, whole = self.size, self.model.config
+        words, *parts = text.encode(
+            tasks,
+            self.model.tokenizer,
+            size["length"],
+            min(train, *(len(task.train) for task in tasks)),
+            min(test, *(len(task.test) for task in tasks)),
+        )
+        mini = data.load_stream("mini8")
+        parts.append(
+            text.windows(mini, self.model.tokenizer, size["length"], _GENERAL_WINDOWS)
+        )
+        self.say(f"{name}: texts go through the layers that are not adapted")
+        parts = [
+            text.read(
+                whole,
+                self.model.params,
+                part,
+                size["layers"],
+                self.folder / _TRUNK / f"{name}-{i}.npy",
+            )
+            for i, part in enumerate(parts)
+        ]
+        last, params = llama.last_layers(whole, self.model.params, size["layers"])
+        pattern = _ALL if self.config.size == "full" else _ATTENTION
+        settings = text.Settings(
+            last, pattern, _RANK, size["batch"], len(tasks), _EXAMPLES
+        )
+        no_order = np.zeros([1, 1], np.int32)
+        frozen, adapted = text.split(params, pattern)
+        return settings, text.Data(frozen, adapted, words, *parts, no_order)
+
+    def mined(self, tasks, tuning, reported):
+        """The pairs of least cosine after the format was learnt; leaves a record."""
+        pool = mining.yes_no_pool(tasks)
+        settings, arrays = self.data("pool", pool, _EXAMPLES, _EXAMPLES)
+        warm, losses = mining.warm_up(settings, arrays, self.size["warm"], _WARM_RATE)
+        record: dict[str, Any] = {
+            "names": [task.name for task in pool],
+            "losses": losses,
+        }
+        for when, adapted in (("before", arrays.adapted), ("after", warm)):
+            at = arrays._replace(adapted=adapted)
+            record[when] = {
+                "cosines": mining.mine(settings, at, _EXAMPLES),
+                "general": mining.general_loss(settings, at),
+                **mining.odds(settings, at)._asdict(),
+            }
+        cosines = record["after"]["cosines"]
+        pairs = mining.conflicting_pairs(cosines, tuning + reported)
+        record["pairs"] = pairs[:reported]
+        run_folder.write_json(self.folder / "mined.json", record)
+        # Those of least cosine are reported.
+        pairs = np.concatenate([pairs[reported:], pairs[:reported]])
+        chosen = tuple(pool[i] for i in pairs.flat)
+        size = self.size
+        settings, arrays = self.data("mined", chosen, size["train"], size["test"])
+        order = np.arange(pairs.size, dtype=np.int32).reshape(pairs.shape)
+        return settings, arrays._replace(adapted=warm, order=order)
 
 
 def report(folder: Path):
@@ -223,37 +306,24 @@ def report(folder: Path):
         base_higher=False,
     )
     _, reported = results.seeds(config)
+    adapted = "all" if size["layers"] == 30 else f"the last {size['layers']}"
+    chosen = ", ".join(f"{r:g}" for r in config.rates)
     summary = (
-        f"The first {size['layers']} of 30 layers of SmolLM2-135M (weights of 4 bits, "
-        f"dequantised), {size['length']} tokens, {size['steps']} steps of "
-        f"{size['batch']} texts a task. Accuracies on {size['test']} held-out texts of "
-        f"each task, mean and standard error over {len(reported)} orders (of mined "
-        "pairs: over pairs)."
+        f"SmolLM2-135M (weights of 4 bits, dequantised), adapters on {adapted} of 30 "
+        f"layers, {size['length']} tokens, {size['steps']} steps of {size['batch']} "
+        f"texts a task, of {size['train']}. Accuracies on {size['test']} held-out "
+        f"texts of each task, mean and standard error over {len(reported)} orders (of "
+        f"mined pairs: over pairs). Learning rates from {chosen}, by {config.tuning} "
+        "other orders."
     )
     loaded = results.load(folder, programs(config), config)
     content = reporting.report(loaded, words, summary)
     if "mined" in config.streams:
         mined = run_folder.read_json(Path(folder) / "mined.json")
-        content = content._replace(tables=[*content.tables, _mined_table(mined)])
+        tables = [*content.tables, *mining_report.tables(mined)]
+        pictures = [*content.figures, mining_report.figure(mined)]
+        content = content._replace(tables=tables, figures=pictures)
     return content
-
-
-def _mined_table(mined):
-    cosines = np.array(mined["cosines"])
-    above = cosines[np.triu_indices(len(cosines), 1)]
-    rows = [
-        (mined["names"][i], mined["names"][j], float(cosines[i, j]))
-        for i, j in mined["pairs"]
-    ]
-    return Table(
-        "mined",
-        "Mined pairs, and the cosine of their gradients",
-        ("first", "second", "cosine"),
-        rows,
-        f"Of all {above.size} pairs of the pool the cosine is {above.mean():.2f} in "
-        f"the mean, {above.min():.2f} at least, and below zero for "
-        f"{(above < 0).mean():.0%}.",
-    )
 
 
 STUDY = Study(

@@ -212,16 +212,62 @@ def test_recomputing_activations_changes_no_gradient(
     assert "checkpoint" in str(jaxpr) or "remat" in str(jaxpr)
 
 
-def test_a_truncated_model_skips_the_layers_after(params, tokens):
-    config, short = llama.truncate(CONFIG, params, 2)
-    assert config == dataclasses.replace(CONFIG, layers=2)
-    # A layer whose last kernels are zero passes its input on.
-    layers = dict(params["layers"])
-    for name in ("o", "down"):
-        layers[name] = {"kernel": layers[name]["kernel"].at[2:].set(0.0)}
-    skipping = FORWARD(CONFIG, params | {"layers": layers}, tokens)
-    close(FORWARD(config, short, tokens), skipping)
-    assert jnp.abs(skipping - FORWARD(CONFIG, params, tokens)).max() > 0.1
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_trunk_and_rest_are_the_whole_model(params, tokens, count):
+    stream = llama.trunk(CONFIG, params, tokens, CONFIG.layers - count)
+    config, last = llama.last_layers(CONFIG, params, count)
+    assert config == dataclasses.replace(CONFIG, layers=count)
+    whole, _ = FEATURES(CONFIG, params, tokens)
+    close(llama.rest(config, last, stream), whole)
+
+
+def test_the_stream_before_all_layers_is_the_embedding(params, tokens):
+    stream = llama.trunk(CONFIG, params, tokens, 0)
+    np.testing.assert_array_equal(stream, params["embed"]["embedding"][tokens])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_rest_asked_at_some_places_is_the_rest_there(params, tokens, count, remat):
+    where = jnp.array([[3, 10], [0, 1], [7, 7]])
+    config, last = llama.last_layers(CONFIG, params, count)
+    config = dataclasses.replace(config, remat=remat)
+    stream = llama.trunk(CONFIG, params, tokens, CONFIG.layers - count)
+    whole, _ = FEATURES(CONFIG, params, tokens)
+    asked = jnp.take_along_axis(whole, where[..., None], axis=1)
+    close(llama.rest(config, last, stream, where=where), asked)
+
+
+def test_adapters_of_the_rest_are_those_of_a_model_with_none_before(
+    params, tokens, targets
+):
+    adapters = adapters_of("lora", targets)
+    silent = jax.tree.map(lambda x: x.at[:1].set(0.0), adapters)
+    whole, _ = FEATURES(CONFIG, params, tokens, silent, targets)
+    config, last = llama.last_layers(CONFIG, params, 2)
+    own = jax.tree.map(lambda x: x[1:], adapters)
+    stream = llama.trunk(CONFIG, params, tokens, 1)
+    close(llama.rest(config, last, stream, own, targets), whole)
+    plain, _ = FEATURES(CONFIG, params, tokens)
+    assert jnp.abs(plain - whole).max() > 0.1
+
+
+def test_gradients_of_the_rest_are_those_of_the_whole_model(params, tokens):
+    where = jnp.array([[10], [4], [7]])
+    config, last = llama.last_layers(CONFIG, params, 2)
+    stream = llama.trunk(CONFIG, params, tokens, 1)
+
+    def of_rest(layers):
+        part = last | {"layers": layers}
+        return llama.rest(config, part, stream, where=where).sum()
+
+    def of_whole(layers):
+        hidden, _ = llama.features(CONFIG, params | {"layers": layers}, tokens)
+        return jnp.take_along_axis(hidden, where[..., None], axis=1).sum()
+
+    ours = jax.grad(of_rest)(last["layers"])
+    theirs = jax.tree.map(lambda x: x[1:], jax.grad(of_whole)(params["layers"]))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_keeps_its_dtype_inside_and_gives_float32_logits(
@@ -435,8 +481,12 @@ def test_unfit_parameters_are_refused_with_the_path(params, tokens):
         llama.forward(CONFIG, params | {"norm": norm}, tokens)
     with pytest.raises(ValueError, match="tree structure"):
         llama.Llama(CONFIG, {"embed": params["embed"]})
-    with pytest.raises(ValueError, match="at most the 3 of the model; got 4"):
-        llama.truncate(CONFIG, params, 4)
+    with pytest.raises(ValueError, match="`count` must be 0 to 3, the layers of"):
+        llama.last_layers(CONFIG, params, 4)
+    with pytest.raises(ValueError, match="`layers` must be 0 to 3, the layers of"):
+        llama.trunk(CONFIG, params, tokens, 4)
+    with pytest.raises(ValueError, match=r"must be \[batch, time, 24\]; got \(3, 11"):
+        llama.rest(CONFIG, params, jnp.zeros((3, 11, 23)))
 
 
 def test_unfit_caches_and_masks_are_refused(params, tokens):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
-from experiments import engine
+from experiments import engine, run_folder
 from experiments.data import TextTask
 from experiments.models import llama
 from experiments.progress import Progress
@@ -15,6 +16,7 @@ from experiments.studies import _lora_arms as arms
 from experiments.studies import _lora_program as program
 from experiments.studies import _lora_results as results
 from experiments.studies import _lora_text_data as text
+from experiments.studies import _lora_text_mining as mining
 from experiments.studies import lora_text
 
 PATTERN = r"layers/(q|k|v|o)/kernel"
@@ -40,14 +42,34 @@ def test_an_example_is_question_cut_text_and_the_place_of_its_answer():
     tokenizer = Words()
     words, train, test = text.encode((task(),), tokenizer, 16, 8, 4)
     names = {number: word for word, number in tokenizer.known.items()}
-    assert train.tokens.shape == (1, 8, 16)
-    assert test.tokens.shape == (1, 4, 16)
-    for row, last in zip(train.tokens[0], train.last[0], strict=True):
-        read = [names[i] for i in row[: last + 1]]
+    assert train.inputs.shape == (1, 8, 16)
+    assert test.inputs.shape == (1, 4, 16)
+    for row, where in zip(train.inputs[0], train.where[0], strict=True):
+        read = [names[i] for i in row[: where[0] + 1]]
         assert read[:3] == ["Is", "it", "good?"]
         assert read[3:5] == ["text", "number"]
         assert read[-1] == "Answer:"
     assert [names[i] for i in words[0]] == ["bad", "good"]
+
+
+def test_the_place_after_the_question_asks_for_the_right_word():
+    tasks = (task(), task("topics", ("a", "b", "c")))
+    words, train, _ = text.encode(tasks, Words(), 16, 6, 6)
+    assert train.where.shape == train.target.shape == (2, 6, 1)
+    for row, answers, targets in zip(words, train.answer, train.target, strict=True):
+        np.testing.assert_array_equal(row[answers], targets[:, 0])
+
+
+def test_text_of_no_task_asks_for_its_own_next_tokens():
+    stream = types.SimpleNamespace(
+        heldout=[np.frombuffer(b"a b c d e f g h " * 90, np.uint8)] * 2
+    )
+    general = text.windows(stream, Words(), 32, 3)
+    assert general.inputs.shape == (3, 32)
+    np.testing.assert_array_equal(
+        np.take_along_axis(general.inputs, general.where + 1, axis=1), general.target
+    )
+    assert general.where.min() >= 16 and general.where.max() <= 30
 
 
 def test_missing_answers_are_marked_and_never_chosen():
@@ -68,7 +90,7 @@ def test_a_length_without_room_for_text_is_refused():
 
 
 def test_the_pool_asks_about_every_class_as_often_yes_as_no():
-    pool = text.yes_no_pool((task(), task("topics", ("a", "b", "c"), count=30)))
+    pool = mining.yes_no_pool((task(), task("topics", ("a", "b", "c"), count=30)))
     assert len(pool) == 5
     for one in pool:
         answers = [answer for _, answer in one.train]
@@ -88,10 +110,10 @@ def test_mined_pairs_have_the_lowest_cosines_and_share_no_task():
         (4, 5): 0.2,
     }.items():
         cosines[i, j] = cosines[j, i] = value
-    pairs = text.conflicting_pairs(cosines, 3)
+    pairs = mining.conflicting_pairs(cosines, 3)
     np.testing.assert_array_equal(pairs, [[0, 1], [2, 3], [4, 5]])
     with pytest.raises(ValueError, match="`--seeds` asks for 4"):
-        text.conflicting_pairs(cosines, 4)
+        mining.conflicting_pairs(cosines, 4)
 
 
 def test_parameters_are_split_at_the_adapted_kernels_and_joined_again():
@@ -104,59 +126,217 @@ def test_parameters_are_split_at_the_adapted_kernels_and_joined_again():
 
 def test_more_rates_than_one_need_tuning_orders():
     with pytest.raises(ValueError, match=r"`--rates` needs `--tuning`"):
-        lora_text.check(lora_text.Config(rates=(1e-3, 1e-2)))
+        lora_text.check(lora_text.Config(rates=(1e-3, 1e-2), tuning=0))
 
 
-def _tiny():
+CONFIG = llama.LlamaConfig.tiny()
+PARAMS = llama.init(CONFIG, jax.random.key(0))
+LAST = 2
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """Words, training and test examples of two tasks, and text of none, as tokens."""
     tasks = tuple(task(name, count=32) for name in ("one", "two"))
     words, train, test = text.encode(tasks, Words(), 16, 32, 16)
-    config = llama.LlamaConfig.tiny()
-    params = llama.init(config, jax.random.key(0))
     # Every token must be one of the model's.
-    cap = lambda x: np.minimum(x, config.vocabulary - 1)  # noqa: E731
-    frozen, adapted = text.split(params, PATTERN)
-    settings = text.Settings(config, PATTERN, 2, 4, 2, 8)
-    data = text.Data(
-        frozen,
-        adapted,
-        cap(words),
-        train._replace(tokens=cap(train.tokens)),
-        test._replace(tokens=cap(test.tokens)),
-        np.zeros([2, 16], np.int32),
-        np.array([[0, 1], [1, 0]], np.int32),
+    cap = lambda x: np.minimum(x, CONFIG.vocabulary - 1)  # noqa: E731
+    train, test = (
+        part._replace(inputs=cap(part.inputs), target=cap(part.target))
+        for part in (train, test)
     )
-    return settings, data
+    general = text.Examples(
+        train.inputs[0, :3],
+        np.array([[4, 9]] * 3, np.int32),
+        np.array([[1, 2], [3, -1], [-1, -1]], np.int32),
+        np.full([3], -1, np.int32),
+    )
+    return cap(words), train, test, general
 
 
-def test_cosines_of_gradients_are_one_with_themselves_and_symmetric():
-    settings, data = _tiny()
-    cosines = text.mine(settings, data, 8)
+@pytest.fixture(scope="module")
+def tiny(tokens, tmp_path_factory):
+    """Settings and arrays with the last layers adapted."""
+    folder = tmp_path_factory.mktemp("trunk")
+    words, *parts = tokens
+    streams = [
+        text.read(CONFIG, PARAMS, part, LAST, folder / f"{i}.npy")
+        for i, part in enumerate(parts)
+    ]
+    config, params = llama.last_layers(CONFIG, PARAMS, LAST)
+    frozen, adapted = text.split(params, PATTERN)
+    order = np.array([[0, 1], [1, 0]], np.int32)
+    settings = text.Settings(config, PATTERN, 2, 4, 2, 8)
+    return settings, text.Data(frozen, adapted, words, *streams, order)
+
+
+def test_streams_take_the_place_of_tokens_and_lose_the_same(tokens, tiny):
+    settings, data = tiny
+    assert data.train.inputs.shape == (2, 32, 16, CONFIG.width)
+    frozen, adapted = text.split(PARAMS, PATTERN)
+    words, *parts = tokens
+    whole = text.Data(frozen, adapted, words, *parts, data.order)
+    first = lambda x: x[0, :5]  # noqa: E731
+    losses = [
+        text.answer_losses(s, d, d.adapted, jax.tree.map(first, d.train), None, None)
+        for s, d in ((settings, data), (settings._replace(config=CONFIG), whole))
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_with_all_layers_adapted_the_tokens_stay(tokens, tmp_path):
+    train = tokens[1]
+    kept = text.read(CONFIG, PARAMS, train, CONFIG.layers, tmp_path / "none.npy")
+    assert kept is train
+    assert not list(tmp_path.iterdir())
+
+
+def test_streams_are_read_once(tokens, tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "train.npy"
+    first = text.read(CONFIG, PARAMS, tokens[1], 1, path)
+    monkeypatch.setattr(text, "_streams", None)
+    again = text.read(CONFIG, PARAMS, tokens[1], 1, path)
+    np.testing.assert_array_equal(first.inputs, again.inputs)
+
+
+def test_the_loss_is_the_mean_over_what_is_asked(tiny):
+    settings, data = tiny
+    losses = text.answer_losses(settings, data, data.adapted, data.general, None, None)
+    whole = text.join(data.frozen, data.adapted)
+    hidden = llama.rest(settings.config, whole, jnp.asarray(data.general.inputs))
+    table = np.float64(whole["embed"]["embedding"])
+
+    def nats(window, place, token):
+        logits = table @ np.float64(hidden[window, place])
+        return np.log(np.exp(logits).sum()) - logits[token]
+
+    expected = [(nats(0, 4, 1) + nats(0, 9, 2)) / 2, nats(1, 4, 3), 0.0]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_accuracy_compares_the_words_of_the_task_only(tiny):
+    settings, data = tiny
+    right = text._accuracy(settings, data, data.adapted, 0, None, None)
+    whole = text.join(data.frozen, data.adapted)
+    hidden = llama.rest(settings.config, whole, jnp.asarray(data.test.inputs[0]))
+    at = np.take_along_axis(hidden, data.test.where[0][..., None], axis=1)[:, 0]
+    scores = at @ whole["embed"]["embedding"][data.words[0]].T
+    np.testing.assert_allclose(right, (scores.argmax(1) == data.test.answer[0]).mean())
+
+
+def test_cosines_of_gradients_are_one_with_themselves_and_symmetric(tiny):
+    cosines = mining.mine(*tiny, 8)
     np.testing.assert_allclose(np.diag(cosines), 1.0, rtol=1e-6)
     np.testing.assert_allclose(cosines, cosines.T)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["EBLoRA", "SLICE 1"])
-def test_a_tiny_model_goes_through_its_tasks(name, tmp_path):
-    settings, data = _tiny()
+@pytest.fixture(scope="module")
+def warmed(tiny):
+    settings, data = tiny
+    # A head that can be sure of a word.
+    table = 30 * data.frozen["embed"]["embedding"]
+    frozen = data.frozen | {"embed": {"embedding": table}}
+    settings, data = settings._replace(batch=16), data._replace(frozen=frozen)
+    adapted, losses = mining.warm_up(settings, data, 200, 1e-2)
+    return settings, data, data._replace(adapted=adapted), losses
+
+
+def test_after_the_warm_up_yes_and_no_are_even_and_nothing_else_is_said(warmed):
+    settings, before, after, losses = warmed
+    assert mining.odds(settings, before).mass.max() < 0.2
+    odds = mining.odds(settings, after)
+    assert odds.mass.min() > 0.95
+    np.testing.assert_allclose(odds.yes, 0.5, atol=0.12)
+    # All there is to be had; with the right answers in the batches it would be less.
+    np.testing.assert_allclose(losses[-50:].mean(), np.log(2), atol=0.06)
+
+
+def test_the_warm_up_learns_nothing_of_what_the_texts_say(warmed):
+    """The same loop with right answers does: the texts tell them."""
+    settings, before, after, _ = warmed
+    right = before.train.target
+
+    def loss(data):
+        batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data.train)
+        return text.answer_losses(
+            settings, data, data.adapted, batch, None, None
+        ).mean()
+
+    assert right.shape[-1] == 1
+    assert loss(after) > np.log(2) - 0.05
+
+
+def _run(tiny, name, folder, chunks=3):
+    settings, data = tiny
     arm = arms.ARMS[name]
     made = program.make_program(text.make_bench(settings), arms.FAMILIES[arm.family], 3)
     pairs = [(arm, "sequence")]
     with jax.numpy_rank_promotion("allow"):
+        lanes = arms.make_lanes(pairs, text.STREAMS, (1e-2,), (5, 6))
         engine.run_program(
             made,
             data,
-            arms.make_lanes(pairs, text.STREAMS, (1e-2,), (5, 6)),
-            chunk_steps=3,
-            folder=tmp_path,
+            lanes,
+            chunk_steps=chunks,
+            folder=folder,
             progress=Progress(stream=None),
         )
+    return arm, pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["EBLoRA", "SLICE 1"])
+def test_a_tiny_model_goes_through_its_tasks(name, tiny, tmp_path):
+    arm, pairs = _run(tiny, name, tmp_path)
     config = types.SimpleNamespace(rates=(1e-2,), tuning=0)
     arm = results.load(tmp_path, {arm.family: pairs}, config)["sequence"][name]
     assert arm.matrix.shape == (1, 2, 3, 2)
     assert np.isfinite(arm.base).all()
-    assert arm.singular.shape == (1, 2, 2, 4 * settings.config.layers, 2)
+    assert arm.singular.shape == (1, 2, 2, 4 * LAST, 2)
     if name == "EBLoRA":
         flat = arm.singular / arm.singular[..., :1]
         np.testing.assert_allclose(flat, 1.0, rtol=1e-4)
     assert jnp.isfinite(arm.cosine).all()
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_tasks_ends_as_if_it_had_not_been(
+    tiny, tmp_path, monkeypatch
+):
+    """The streams are files, the batches of each step come from the lane's seed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    _run(tiny, "LoRA", whole)
+    save = engine.checkpoints.save
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._CheckpointClock, "due", lambda self: True)
+    monkeypatch.setattr(engine.checkpoints, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tiny, "LoRA", killed)
+    monkeypatch.setattr(engine.checkpoints, "save", save)
+    _run(tiny, "LoRA", killed)
+    ours, theirs = (
+        run_folder.load_arrays(folder / "raw" / "lora.npz")
+        for folder in (killed, whole)
+    )
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["eblora", "starts"])
+def test_a_step_compiles_for_cuda_and_tpu(tiny, family):
+    settings, data = tiny
+    made = program.make_program(text.make_bench(settings), arms.FAMILIES[family], 3)
+    arm = next(a for a in arms.ARMS.values() if a.family == family)
+    lanes = arms.make_lanes([(arm, "sequence")], text.STREAMS, (1e-2,), (5,))
+    lane = jax.tree.map(lambda x: x[0], lanes)
+    with jax.numpy_rank_promotion("allow"):
+        carry = jax.eval_shape(made.init, data, lane)
+        export.export(jax.jit(made.step), platforms=["cuda", "tpu"])(
+            data, lane, carry, jnp.int32(0), jnp.int32(0)
+        )

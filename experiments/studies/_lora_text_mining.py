@@ -1,0 +1,185 @@
+"""Pairs of yes-no questions whose gradients conflict, for the stream ``"mined"``.
+
+At pre-trained weights the gradients of all such questions say the same first: answer
+yes or no. So the adapted kernels first learn this *format*, from right questions with
+answers drawn at random, anew in each step: there is nothing else in them to learn.
+After that a mean gradient tells what a question asks.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.data import TextTask
+from experiments.studies import _lora_text_data as text
+from optax_cl import lora
+
+
+class Odds(NamedTuple):
+    """How a model answers the questions of a pool, each ``[questions]``."""
+
+    mass: chex.Array  # mean probability of its two words
+    yes: chex.Array  # mean share of "yes" in that
+    right: chex.Array  # accuracy, on the texts it was asked about
+
+
+def yes_no_pool(tasks: tuple[TextTask, ...]) -> tuple[TextTask, ...]:
+    """One yes-no question for each class of each task, as often yes as no."""
+    pool = []
+    for task in tasks:
+        for index, word in enumerate(task.answers):
+            parts = {}
+            for part in ("train", "test"):
+                rows = getattr(task, part)
+                yes = [(text, 1) for text, answer in rows if answer == index]
+                no = [(text, 0) for text, answer in rows if answer != index]
+                count = min(len(yes), len(no))
+                random = np.random.default_rng(0)
+                kept = [
+                    side[i]
+                    for side in (yes, no)
+                    for i in random.permutation(len(side))[:count]
+                ]
+                parts[part] = tuple(kept[i] for i in random.permutation(len(kept)))
+            question = f"Is this '{word}', yes or no?"
+            pool.append(
+                TextTask(f"{task.name}: {word}", question, ("no", "yes"), **parts)
+            )
+    return tuple(pool)
+
+
+def warm_up(
+    settings: text.Settings, data: text.Data, steps: int, rate: float, seed: int = 0
+) -> tuple[Any, np.ndarray]:
+    """The adapted kernels once they answer yes or no, whatever is asked.
+
+    Args:
+      settings: Of the bench.
+      data: The pool of questions as tasks.
+      steps: Steps of Adam on the kernels themselves.
+      rate: Its learning rate.
+      seed: Of batches and answers.
+
+    Returns:
+      The kernels, and the loss of each step; log 2 is all that can be had.
+    """
+    tx = optax.adam(rate)
+    tasks, count = data.train.answer.shape
+
+    def step(carry, index):
+        params, state, data = carry
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        task, example, word = (
+            jax.random.randint(k, [settings.batch], 0, high)
+            for k, high in zip(jax.random.split(key, 3), (tasks, count, 2), strict=True)
+        )
+        batch = jax.tree.map(lambda x: x[task, example], data.train)
+        batch = batch._replace(target=data.words[task, word][:, None])
+
+        def loss(params):
+            return text.answer_losses(settings, data, params, batch, None, None).mean()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state, data), value
+
+    @jax.jit
+    def run(data):
+        start = data.adapted, tx.init(data.adapted), data
+        (params, _, _), losses = jax.lax.scan(step, start, jnp.arange(steps))
+        return params, losses
+
+    params, losses = run(jax.tree.map(jnp.asarray, data))
+    return params, np.asarray(losses)
+
+
+def odds(settings: text.Settings, data: text.Data) -> Odds:
+    """How the model answers the questions about its training texts."""
+
+    @jax.jit
+    def ask(data, task):
+        batch = jax.tree.map(lambda x: x[task], data.train)
+        # The log-probability of each word, as the loss of the examples that ask for it.
+        words = jnp.stack(
+            [
+                -text.answer_losses(
+                    settings,
+                    data,
+                    data.adapted,
+                    batch._replace(target=jnp.full_like(batch.target, word)),
+                    None,
+                    None,
+                )
+                for word in data.words[task][:2]
+            ]
+        )
+        both = jax.nn.logsumexp(words, axis=0)
+        right = (words.argmax(0) == batch.answer).mean()
+        return Odds(jnp.exp(both).mean(), jnp.exp(words[1] - both).mean(), right)
+
+    data = jax.tree.map(jnp.asarray, data)
+    found = [ask(data, jnp.int32(task)) for task in range(len(data.words))]
+    return jax.tree.map(lambda *each: np.array(each), *found)
+
+
+def general_loss(settings: text.Settings, data: text.Data) -> float:
+    """Nats per token on text of no task."""
+    loss = jax.jit(
+        lambda data: text.answer_losses(
+            settings, data, data.adapted, data.general, None, None
+        ).mean()
+    )
+    return float(loss(jax.tree.map(jnp.asarray, data)))
+
+
+def mine(settings: text.Settings, data: text.Data, examples: int) -> np.ndarray:
+    """Cosines of the questions' mean gradients at the adapted kernels, ``[n, n]``."""
+    targets = lora.targets(
+        data.adapted, {settings.pattern: 1}, alpha=1.0, matrices=text.views()
+    )
+    data = jax.tree.map(jnp.asarray, data)
+    count = max(1, examples // settings.batch)
+
+    @jax.jit
+    def gradient(data, task):
+        batches = jax.tree.map(
+            lambda x: x[task, : count * settings.batch].reshape(
+                count, -1, *x.shape[2:]
+            ),
+            data.train,
+        )
+        return lora.mean_gradients(
+            targets,
+            lambda params, b: text.answer_losses(settings, data, params, b, None, None),
+            data.adapted,
+            batches,
+            stacked=True,
+        )
+
+    flat = []
+    for task in range(len(data.words)):
+        leaves = jax.tree.leaves(gradient(data, jnp.int32(task)))
+        vector = np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in leaves])
+        flat.append(vector / max(np.linalg.norm(vector), 1e-30))
+    return np.stack(flat) @ np.stack(flat).T
+
+
+def conflicting_pairs(cosines: np.ndarray, count: int) -> np.ndarray:
+    """The pairs of lowest cosine, no task in two of them, ``[count, 2]``."""
+    n = len(cosines)
+    ranked = sorted((cosines[i, j], i, j) for i in range(n) for j in range(i))
+    pairs, used = [], set()
+    for _, i, j in ranked:
+        if len(pairs) < count and not {i, j} & used:
+            pairs.append((j, i))
+            used |= {i, j}
+    if len(pairs) < count:
+        raise ValueError(
+            f"the pool has {n} questions, which make {len(pairs)} disjoint pairs; "
+            f"`--seeds` asks for {count}."
+        )
+    return np.array(pairs, np.int32)
