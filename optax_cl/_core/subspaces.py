@@ -93,6 +93,29 @@ def rotate_curvature(old_basis, new_basis, old, task):
     return jax.tree.map(one, old_basis, new_basis, old, task)
 
 
+def _sketch_width(basis: chex.Array) -> int:
+    return min(basis.shape[-1] + OVERSAMPLE, basis.shape[-2])
+
+
+def sketch_matrix(basis: chex.Array) -> chex.Array:
+    """The orthonormal columns that a Gram matrix is multiplied by for its sketch.
+
+    One fixed draw: any matrix in general position does, and a boundary must not depend
+    on anything but its data. Orthonormal, since a normal draw that is square or nearly
+    so may be ill-conditioned, and the sketch of a Gram matrix of low rank then has no
+    Cholesky factor.
+
+    Args:
+      basis: ``[*batch, in, r]``; only its shape and dtype are read.
+
+    Returns:
+      ``[*batch, in, min(r + OVERSAMPLE, in)]``.
+    """
+    shape = (*basis.shape[:-1], _sketch_width(basis))
+    draw = jax.random.normal(jax.random.key(0), shape, basis.dtype)
+    return jnp.linalg.qr(draw)[0]
+
+
 @functools.cache
 def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pass:
     """The pass that finds the merged basis of a task's batch gradients.
@@ -106,20 +129,12 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
     ``energy`` and ``threshold``; see ``protect``.
     """
 
-    def test_matrix(u):
-        *batch, fan_in, r = u.shape
-        # One fixed draw: any matrix in general position does, and a boundary must not
-        # depend on anything but its data.
-        return jax.random.normal(
-            jax.random.key(0), (*batch, fan_in, min(r + OVERSAMPLE, fan_in)), u.dtype
-        )
-
     def init(state, params):
         basis = trees.align_structure("basis", state.basis, params)
 
         def one(u):
             *batch, fan_in, _ = u.shape
-            width = fan_in if svd == "exact" else test_matrix(u).shape[-1]
+            width = fan_in if svd == "exact" else _sketch_width(u)
             return {
                 "sum": jnp.zeros((*batch, fan_in, width), u.dtype),
                 "trace": jnp.zeros(batch, u.dtype),
@@ -139,7 +154,7 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
                 product = linalg.gram(matrix)
             else:
                 inner = jnp.swapaxes(
-                    linalg.coefficients(test_matrix(u), matrix), -1, -2
+                    linalg.coefficients(sketch_matrix(u), matrix), -1, -2
                 )
                 product = linalg.lift(matrix, inner)
             return {
@@ -161,10 +176,11 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
             if svd == "exact":
                 basis, energy = linalg.merge_gram(u, e, normalised)
             else:
-                factor = linalg.nystrom_factor(normalised, test_matrix(u))
+                factor = linalg.nystrom_factor(normalised, sketch_matrix(u))
                 basis, energy = linalg.merge_factor(u, e, factor)
             total = jnp.sum(e, axis=-1) + 1.0
             basis, energy = linalg.keep_energy(basis, energy, total, state.threshold)
+            usable &= jnp.all(jnp.isfinite(basis), axis=(-2, -1))
             return {
                 "basis": jnp.where(usable[..., None, None], basis, u),
                 "energy": jnp.where(usable[..., None], energy, e),

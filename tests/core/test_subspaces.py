@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_cl
-from optax_cl._core import subspaces, tasks
+from optax_cl._core import linalg, subspaces, tasks
 from tests.routing.helpers import normal, orthonormal
 
 VIEWS = optax_cl.matrix_views(skip="free")
@@ -89,4 +89,34 @@ def test_passes_are_the_same_object_for_the_same_settings():
     assert a is subspaces.basis_pass(again, "all", "exact", "sampled")
     assert subspaces.curvature_pass(VIEWS, "sampled") is subspaces.curvature_pass(
         again, "sampled"
+    )
+
+
+@pytest.mark.parametrize(("fan_in", "rank"), [(8, 1), (8, 8), (16, 8), (24, 8)])
+def test_every_gram_of_low_rank_has_a_sketch(fan_in, rank):
+    # With a plain normal draw as wide as the matrix, more than half of these have no
+    # Cholesky factor, and the basis is NaN.
+    omega = subspaces.sketch_matrix(jnp.zeros((fan_in, rank)))
+    gram = omega.T @ omega
+    np.testing.assert_allclose(gram, np.eye(omega.shape[1]), atol=1e-5)
+
+    @jax.jit
+    @jax.vmap
+    def error(g):
+        total = linalg.gram(g) / jnp.sum(g**2)
+        factor = linalg.nystrom_factor(total @ omega, omega)
+        return jnp.abs(linalg.gram(factor) - total).max()
+
+    for directions in (1, 3, 6):
+        grads = np.random.default_rng(directions).normal(size=(100, fan_in, directions))
+        errors = error(jnp.asarray(grads, jnp.float32))
+        assert errors.max() < 1e-5
+
+
+def test_stacked_matrices_are_sketched_alike():
+    one = subspaces.sketch_matrix(jnp.zeros((3, 9, 2)))
+    assert one.shape == (3, 9, 9)
+    products = jnp.swapaxes(one, -1, -2) @ one
+    np.testing.assert_allclose(
+        products, np.broadcast_to(np.eye(9), (3, 9, 9)), atol=1e-5
     )

@@ -281,7 +281,8 @@ def test_rows_that_are_not_finite_protect_nothing():
         "layer/kernel": HERE["layer/kernel"]._replace(a=jnp.full((IN, R), jnp.nan))
     }
     for tx in (lora.olora(1.0, capacity=2), lora.olora_project(capacity=2)):
-        state = remembering(tx, [broken])
+        with pytest.warns(UserWarning, match="`params` are not finite at"):
+            state = remembering(tx, [broken])
         gradient = adapters()
         updates, _ = tx.update(gradient, state, HERE)
         chex.assert_trees_all_equal(updates, gradient)
