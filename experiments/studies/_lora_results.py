@@ -1,6 +1,8 @@
 """What a run of an adapter study measured, arm by arm and seed by seed."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +80,10 @@ def seeds(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def load(
-    folder: Path, programs: dict[str, list[tuple[arms.Arm, str]]], config: Any
+    folder: Path,
+    programs: dict[str, list[tuple[arms.Arm, str]]],
+    config: Any,
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, dict[str, ArmResults]]:
     """Reads a finished run.
 
@@ -87,6 +92,7 @@ def load(
       programs: Name of each program to its (arm, stream) pairs, in the order of its
         lanes.
       config: Has ``rates`` and ``tuning``.
+      scales: Family to what its learning rates were multiplied with, if they were.
 
     Returns:
       ``{stream: {arm: results}}``, arms in the order of their table.
@@ -103,7 +109,7 @@ def load(
 
             found.setdefault(stream, {})[arm.name] = ArmResults(
                 arm,
-                np.array(config.rates),
+                scales.get(arm.family, 1.0) * np.array(config.rates),
                 config.tuning,
                 own("evaluate/accuracy"),
                 own("evaluate/base"),

@@ -76,6 +76,9 @@ _GENERAL_WINDOWS = 32
 _TRUNK = "trunk"  # folder of what enters the adapted layers, while a run lasts
 _RANK = 8
 _EXAMPLES = 32  # that a start or a memory reads, of each task
+# Adam moves each entry of an orthonormal factor, and the magnitude that all directions
+# share, by the rate; in the same number of steps A and B get much further from zero.
+_RATE_SCALES = {"eblora": 10.0}
 _WARM_RATE = 1e-4  # of the kernels, while they learn to answer yes or no
 
 _STREAM_WORDS = {
@@ -105,7 +108,10 @@ class Config:
     tuning: int = field(1, quick=0, minimum=0, help="orders that choose learning rates")
     first_tuning_seed: int = field(0, minimum=0, help="the first of them")
     rates: tuple[float, ...] = field(
-        (3e-3, 1e-2), quick=(1e-2,), minimum=1e-9, help="learning rates"
+        (3e-3, 1e-2),
+        quick=(1e-2,),
+        minimum=1e-9,
+        help="learning rates; EBLoRA's are ten times these",
     )
     layers: int = field(0, minimum=0, help="last layers that are adapted")
     length: int = field(0, minimum=0, help="tokens of an example")
@@ -204,14 +210,16 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
                 made = program.make_program(
                     text.make_bench(settings), family, size["steps"]
                 )
+                scale = _RATE_SCALES.get(family.name, 1.0)
+                rates = tuple(scale * rate for rate in config.rates)
                 context.run(
                     made._replace(name=name),
                     arrays,
-                    arms.make_lanes(pairs, text.STREAMS, config.rates, seeds),
+                    arms.make_lanes(pairs, text.STREAMS, rates, seeds),
                     chunk_steps=max(1, size["steps"] // 4),
                 )
     shutil.rmtree(folder / _TRUNK, ignore_errors=True)
-    return reporting.summarize(results.load(folder, chosen, config))
+    return reporting.summarize(results.load(folder, chosen, config, _RATE_SCALES))
 
 
 class _Bench(NamedTuple):
@@ -313,10 +321,10 @@ def report(folder: Path):
         f"layers, {size['length']} tokens, {size['steps']} steps of {size['batch']} "
         f"texts a task, of {size['train']}. Accuracies on {size['test']} held-out "
         f"texts of each task, mean and standard error over {len(reported)} orders (of "
-        f"mined pairs: over pairs). Learning rates from {chosen}, by {config.tuning} "
-        "other orders."
+        f"mined pairs: over pairs). Learning rates from {chosen} (of EBLoRA "
+        f"{_RATE_SCALES['eblora']:g} times these), by {config.tuning} other orders."
     )
-    loaded = results.load(folder, programs(config), config)
+    loaded = results.load(folder, programs(config), config, _RATE_SCALES)
     content = reporting.report(loaded, words, summary)
     if "mined" in config.streams:
         mined = run_folder.read_json(Path(folder) / "mined.json")
