@@ -2,8 +2,9 @@
 
 An example is a question, a text cut to what fits, and "Answer:"; some places of it ask
 for the token that comes next. A question that one word answers has one such place, the
-last, and asks for the first token of the right word. The loss is the cross-entropy over
-the whole vocabulary, mean over what is asked; accuracy compares the task's words only.
+last, and asks for the first token of the right word. One with free answers asks for all
+tokens of one, see ``_lora_text_generation``. The loss is the cross-entropy over the
+whole vocabulary, mean over what is asked; accuracy compares the task's words only.
 
 Only the last layers of the model are adapted. What enters them, the residual stream
 after all layers before, is the same in every step and for every arm, so it is computed
@@ -14,6 +15,7 @@ The stream ``"sequence"`` are tasks in an order of each seed's own. The stream
 """
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_cl
 from experiments.data import Stream, TextTask
 from experiments.models import llama
+from experiments.studies import _lora_text_generation as free
 from experiments.studies._lora_program import Bench
 from optax_cl import lora
 
@@ -44,7 +47,8 @@ class Examples(NamedTuple):
     inputs: chex.Array
     where: chex.Array  # int32 [..., asked], places whose next token is asked for
     target: chex.Array  # int32 [..., asked], that token; -1: none
-    answer: chex.Array  # int32 [...], index of the right word; -1: no such words
+    # int32 [...], index of the right word; -1: no such words, or a text once more
+    answer: chex.Array
 
 
 class Data(NamedTuple):
@@ -57,6 +61,7 @@ class Data(NamedTuple):
     test: Examples  # [tasks, examples]
     general: Examples  # [windows], text of no task
     order: chex.Array  # int32 [seeds, tasks of a sequence]
+    writer: free.Writer | None = None  # for tasks with free answers
 
 
 class Settings(NamedTuple):
@@ -68,6 +73,7 @@ class Settings(NamedTuple):
     batch: int
     tasks: int  # of a sequence
     examples: int  # that a start or a memory reads, of each task
+    answer: free.Answer = free.NONE
 
 
 def split(params: chex.ArrayTree, pattern: str) -> tuple[Any, Any]:
@@ -90,52 +96,96 @@ def join(frozen: Any, adapted: Any) -> Any:
 
 
 def encode(
-    tasks: tuple[TextTask, ...], tokenizer: Any, length: int, train: int, test: int
+    tasks: tuple[TextTask, ...],
+    tokenizer: Any,
+    length: int,
+    train: int,
+    test: int,
+    answer: free.Answer = free.NONE,
 ) -> tuple[np.ndarray, Examples, Examples]:
     """Words and examples of the tasks as tokens.
+
+    Of a task with fewer texts than asked for, all are taken, again and again.
+
+    Args:
+      tasks: The tasks.
+      tokenizer: The model's.
+      length: Tokens of an example; texts are cut to what fits.
+      train: How many examples for training.
+      test: How many for testing; repeated ones have no answer there.
+      answer: How long free answers are and how they end.
 
     Raises:
       ValueError: If two words of a task start with the same token, or no text fits.
     """
-    most = max(len(task.answers) for task in tasks)
+    most = max(1, *(len(task.answers) for task in tasks))
     words = np.full([len(tasks), most], -1, np.int32)
     for i, task in enumerate(tasks):
         first = [tokenizer.encode(f" {word}").ids[0] for word in task.answers]
         if len(set(first)) < len(first):
             raise ValueError(f"two answers of {task.name} start with the same token.")
         words[i, : len(first)] = first
+    asked = 1 if all(task.answers for task in tasks) else answer.tokens
     parts = []
     for part, count in (("train", train), ("test", test)):
         encoded = [
-            _examples(task, getattr(task, part), first, tokenizer, length, count)
+            _repeat(
+                _examples(
+                    task,
+                    chosen(getattr(task, part), count),
+                    first,
+                    tokenizer,
+                    length,
+                    answer._replace(tokens=asked),
+                ),
+                count,
+            )
             for task, first in zip(tasks, words, strict=True)
         ]
         parts.append(jax.tree.map(lambda *each: np.stack(each), *encoded))
     return words, parts[0], parts[1]
 
 
-def _examples(task, rows, words, tokenizer, length, count):
-    if len(rows) < count:
-        raise ValueError(f"{task.name} has {len(rows)} texts; {count} were asked for.")
-    chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+def chosen(rows: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` of a task's rows, the same in each call."""
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]]
+
+
+def _examples(task, rows, words, tokenizer, length, answer):
     before = tokenizer.encode(f"{task.question}\n").ids
     after = tokenizer.encode("\nAnswer:").ids
-    room = length - len(before) - len(after)
+    # The last token of an answer is asked for and not read.
+    taken = len(before) + len(after) + (0 if task.answers else answer.tokens - 1)
+    room = length - taken
     if room < 8:
         raise ValueError(
             f"`--length` {length} leaves no room for a text beside the question of "
-            f"{task.name}; it needs {len(before) + len(after) + 8} at least."
+            f"{task.name} and its answer; it needs {taken + 8} at least."
         )
-    tokens = np.zeros([count, length], np.int32)
-    last = np.zeros([count], np.int32)
-    for i, row in enumerate(chosen):
+    tokens = np.zeros([len(rows), length], np.int32)
+    where = np.zeros([len(rows), answer.tokens], np.int32)
+    target = np.full([len(rows), answer.tokens], -1, np.int32)
+    for i, (text, right) in enumerate(rows):
         # More characters than any text of that many tokens has been seen to take.
-        text = tokenizer.encode(rows[row][0][: 12 * room]).ids[:room]
-        ids = before + text + after
+        prompt = before + tokenizer.encode(text[: 12 * room]).ids[:room] + after
+        if task.answers:
+            asked = [words[right]]
+        else:
+            asked = free.answer_tokens(tokenizer, answer, right[0])
+        ids = [*prompt, *asked[:-1]]
         tokens[i, : len(ids)] = ids
-        last[i] = len(ids) - 1
-    answer = np.array([rows[row][1] for row in chosen], np.int32)
-    return Examples(tokens, last[:, None], words[answer][:, None], answer)
+        where[i] = len(prompt) - 1
+        where[i, : len(asked)] += np.arange(len(asked), dtype=np.int32)
+        target[i, : len(asked)] = asked
+    right = [right if task.answers else -1 for _, right in rows]
+    return Examples(tokens, where, target, np.array(right, np.int32))
+
+
+def _repeat(examples, count):
+    own = len(examples.answer)
+    examples = jax.tree.map(lambda x: x[np.arange(count) % own], examples)
+    examples.answer[own:] = -1
+    return examples
 
 
 def windows(stream: Stream, tokenizer: Any, length: int, count: int) -> Examples:
@@ -229,7 +279,13 @@ def make_bench(settings: Settings) -> Bench:
 
         right = jax.lax.map(one, (sources, stack))
         general = answer_losses(settings, data, params, data.general, None, None)
-        return {"accuracy": right, "base": general.mean()}
+        found = {"accuracy": right, "base": general.mean()}
+        if data.writer is not None:
+            found["written"] = jax.lax.map(
+                lambda pair: _written(settings, data, params, targets, *pair),
+                (sources, stack),
+            )
+        return found
 
     return Bench(
         tasks=settings.tasks,
@@ -294,4 +350,12 @@ def _accuracy(settings, data, params, task, targets, adapters):
         return jnp.where(words >= 0, logits, -jnp.inf).argmax() == example.answer
 
     examples = jax.tree.map(lambda x: x[task], data.test)
-    return jax.lax.map(right, examples, batch_size=_CHUNK).mean()
+    found = jax.lax.map(right, examples, batch_size=_CHUNK)
+    return found.sum() / jnp.maximum((examples.answer >= 0).sum(), 1)
+
+
+def _written(settings, data, params, targets, task, adapters):
+    whole = join(data.frozen, params)
+    if adapters is not None:
+        whole = lora.merge(targets, whole, adapters)
+    return free.write(settings.config, data.writer, settings.answer, task, whole)

@@ -5,9 +5,10 @@ computed afterwards, on strings; it then stands where the accuracy of a task sta
 is answered by one of a few words.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -28,42 +29,68 @@ _CHUNK = 16  # prompts that are continued at once
 Programs = dict[str, list[tuple[arms.Arm, str]]]
 
 
-def answer_tokens(tokenizer: Any, stop: int, answer: str, most: int) -> list[int]:
-    """The tokens of an answer and the stop token, of all these the first ``most``."""
-    return [*tokenizer.encode(f" {answer}").ids, stop][:most]
+class Answer(NamedTuple):
+    """The form of free answers."""
+
+    tokens: int = 1  # at most, with the one that ends it
+    stop: int = 0  # the token that ends one
+
+
+NONE = Answer()  # where no answers are free
+
+
+class Writer(NamedTuple):
+    """What answers are generated from, beside the last layers of the model."""
+
+    first: chex.ArrayTree  # parameters of the layers before them, maybe none
+    prompts: chex.Array  # int32 [tasks, rows, length], test texts as tokens
+    last: chex.Array  # int32 [tasks, rows], place of each prompt's last token
+    rows: chex.Array  # int32 [tasks], of how many free answers are wanted
+
+
+def answer_tokens(tokenizer: Any, form: Answer, answer: str) -> list[int]:
+    """The tokens of an answer and the stop token, of all these the first few."""
+    return [*tokenizer.encode(f" {answer}").ids, form.stop][: form.tokens]
 
 
 def write(
-    config: LlamaConfig,
-    params: Any,
-    tokens: chex.Array,
-    last: chex.Array,
-    *,
-    most: int,
-    stop: int,
+    config: LlamaConfig, writer: Writer, form: Answer, task: chex.Array, params: Any
 ) -> chex.Array:
-    """Greedy answers to prompts.
+    """Greedy answers to the test texts of a task, if its answers are free.
 
     Args:
-      config: Sizes of the whole model.
-      params: Its parameters.
-      tokens: int32 ``[B, length]``; a prompt, and whatever.
-      last: int32 ``[B]``, place of the last token of the prompt.
-      most: Tokens of an answer at most.
-      stop: The token that ends one.
+      config: Sizes of the model's last layers.
+      writer: The layers before them, and the texts.
+      form: The answers' form.
+      task: int32 ``[]``, its index.
+      params: Parameters of the last layers, embedding and norm.
 
     Returns:
-      int32 ``[B, most]``; after ``stop`` only ``stop``.
+      int32 ``[rows, tokens]``, after the stop token only stop tokens; zeros behind the
+      rows that answers are wanted of, but for the chunk in which these end.
     """
+    layers = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]), writer.first, params["layers"]
+    )
+    count = jax.tree.leaves(layers)[0].shape[0]
+    config = dataclasses.replace(config, layers=count)
+    whole = {**params, "layers": layers}
+    tokens, last = writer.prompts[task], writer.last[task]
     chunks = -(-len(tokens) // _CHUNK)
     which = (jnp.arange(chunks * _CHUNK) % len(tokens)).reshape(chunks, _CHUNK)
 
     def chunk(which):
         prompts, mask = left_padded(tokens[which], last[which])
-        return generation.generate(config, params, prompts, most, stop=stop, mask=mask)
+        return jax.lax.cond(
+            which[0] < writer.rows[task],
+            lambda: generation.generate(
+                config, whole, prompts, form.tokens, stop=form.stop, mask=mask
+            ),
+            lambda: jnp.zeros([_CHUNK, form.tokens], jnp.int32),
+        )
 
     written = jax.lax.map(chunk, which)
-    return written.reshape(-1, most)[: len(tokens)]
+    return written.reshape(-1, form.tokens)[: len(tokens)]
 
 
 def left_padded(tokens: chex.Array, last: chex.Array) -> tuple[chex.Array, chex.Array]:
