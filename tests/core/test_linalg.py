@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from optax_cl._core import linalg
-from tests.routing.helpers import normal, orthonormal
+from tests.arrays import normal, orthonormal
 
 
 def psd(seed, n, spectrum):

@@ -8,7 +8,7 @@ import pytest
 
 import optax_cl
 from optax_cl._core import linalg, subspaces, tasks
-from tests.routing.helpers import normal, orthonormal
+from tests.arrays import normal, orthonormal
 
 VIEWS = optax_cl.matrix_views(skip="free")
 HOLE = optax.MaskedNode()

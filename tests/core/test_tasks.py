@@ -12,7 +12,7 @@ import pytest
 import optax_cl
 from optax_cl._core import tasks
 from optax_cl.routing import ProtectState
-from tests.routing.helpers import normal
+from tests.arrays import normal
 
 KEY = jax.random.key(0)
 TASK = optax_cl.classification(lambda p, b: b["x"] @ p["w"] + p["b"], lambda b: b["y"])
