@@ -31,7 +31,6 @@ from optax_cl.metrics._accuracy_matrix import (
     gain_over_independent,
     intransigence,
     learning_accuracy,
-    learning_curve_area,
     negated_backward_transfer,
 )
 from optax_cl.metrics._boundaries import (
@@ -39,6 +38,7 @@ from optax_cl.metrics._boundaries import (
     since_learned,
     since_started,
 )
+from optax_cl.metrics._learning_curves import learning_curve_area
 from optax_cl.metrics._orders import OrderSensitivity, by_task, order_sensitivity
 from optax_cl.metrics._seeds import MeanAndError, mean_and_error, paired_difference
 from optax_cl.metrics._stability_gap import (

@@ -9,6 +9,7 @@ from optax_cl.metrics import (
     _accuracy_matrix,
     _arrays,
     _boundaries,
+    _learning_curves,
     _stability_gap,
     _windows,
 )
@@ -110,7 +111,7 @@ def summary(
         learning_curve_area=(
             None
             if learning_curves is None
-            else _accuracy_matrix.learning_curve_area(learning_curves, beta=beta)
+            else _learning_curves.learning_curve_area(learning_curves, beta=beta)
         ),
     )
 
