@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.data import _checksums, _fetch, _instructions, _streams
-from experiments.data._errors import DataError
 from experiments.data._fetch import Source
 from experiments.data._task import TextTask, held_out
 
@@ -82,13 +81,7 @@ def load_text_tasks(
         names don't tell tasks.
     """
     if source != NAME:
-        tasks = _instructions.read_tasks(source, only, leave_out)
-        if free := [task.name for task in tasks if not task.answers]:
-            raise DataError(
-                f"{source} has tasks with free answers, which nothing here scores: "
-                f"{', '.join(free)}. Leave them out."
-            )
-        return tasks
+        return _instructions.read_tasks(source, only, leave_out)
     texts = _streams.read_fetched(NAME)
     names = _instructions.selected(list(QUESTIONS), only, leave_out, NAME)
     return tuple(_task(name, texts[name].decode()) for name in names)

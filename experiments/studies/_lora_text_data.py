@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
@@ -37,6 +37,9 @@ from optax_cl import lora
 STREAMS = ("sequence", "mined")
 _CHUNK = 16  # texts that are evaluated, or read, at once on one device
 _GENERAL_ASKED = 8  # places of a text of no task whose next token is asked for
+
+
+_Row = TypeVar("_Row")
 
 
 class Examples(NamedTuple):
@@ -146,9 +149,10 @@ def encode(
     return words, parts[0], parts[1]
 
 
-def chosen(rows: Sequence[Any], count: int) -> list[Any]:
+def chosen(rows: Sequence[_Row], count: int) -> tuple[_Row, ...]:
     """At most ``count`` of a task's rows, the same in each call."""
-    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]]
+    order = np.random.default_rng(0).permutation(len(rows))
+    return tuple(rows[i] for i in order[:count])
 
 
 def _examples(task, rows, words, tokenizer, length, answer):

@@ -7,6 +7,7 @@ is answered by one of a few words.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from experiments import rouge, run_folder
 from experiments.data import TextTask
 from experiments.models import generation
 from experiments.models.llama import LlamaConfig
+from experiments.models.smollm2 import SmolLM2
 from experiments.report import Table
 from experiments.studies import _lora_arms as arms
 from experiments.studies._lora_results import ArmResults
@@ -46,6 +48,31 @@ class Writer(NamedTuple):
     prompts: chex.Array  # int32 [tasks, rows, length], test texts as tokens
     last: chex.Array  # int32 [tasks, rows], place of each prompt's last token
     rows: chex.Array  # int32 [tasks], of how many free answers are wanted
+
+
+def make_writer(
+    params: Any,
+    layers: int,
+    tasks: Sequence[TextTask],
+    prompts: np.ndarray,
+    where: np.ndarray,
+) -> Writer | None:
+    """What writes the free answers to the tasks' test texts, if there are any.
+
+    Args:
+      params: Parameters of the whole model.
+      layers: How many of the last layers are adapted.
+      tasks: The tasks.
+      prompts: int32 ``[tasks, rows, length]``, their test texts as tokens.
+      where: int32 ``[tasks, rows, asked]``, of which the first is a prompt's last.
+    """
+    if all(task.answers for task in tasks):
+        return None
+    first = jax.tree.map(lambda x: x[: len(x) - layers], params["layers"])
+    rows = [
+        0 if task.answers else min(len(task.test), prompts.shape[1]) for task in tasks
+    ]
+    return Writer(first, prompts, where[..., 0], np.array(rows, np.int32))
 
 
 def answer_tokens(tokenizer: Any, form: Answer, answer: str) -> list[int]:
@@ -111,7 +138,7 @@ def text_of(tokenizer: Any, stop: int, ids: Sequence[int]) -> str:
 def scores(
     written: np.ndarray,
     order: np.ndarray,
-    right: Sequence[Sequence[tuple[str, ...]]],
+    right: Sequence[Sequence[Any]],
     decode: Callable[[Sequence[int]], str],
 ) -> np.ndarray:
     """Mean Rouge-L of the answers to each task.
@@ -146,17 +173,46 @@ def scores(
     return result
 
 
-def save_scores(
+def record(
     folder: Path,
-    program: str,
+    programs: Sequence[str],
+    tasks: Sequence[TextTask],
     order: np.ndarray,
-    right: Sequence[Sequence[tuple[str, ...]]],
-    decode: Callable[[Sequence[int]], str],
+    form: Answer,
+    model: SmolLM2,
 ) -> None:
-    """Leaves the ``scores`` of a finished program beside its other numbers."""
-    written = run_folder.load_program(folder, program)["evaluate/written"]
-    found = {"rouge": scores(written, order, right, decode)}
-    run_folder.save_arrays(folder / "raw" / f"{program}-rouge.npz", found)
+    """Scores what a sequence's programs wrote, and leaves what a report tells of it.
+
+    That is ``raw/<program>-rouge.npz``, if answers were free, and ``tasks.json``.
+
+    Args:
+      folder: The run folder.
+      programs: Names of the finished programs.
+      tasks: All tasks, with the rows that were taken in the order in which they were.
+      order: int ``[seeds, T]``, each seed's tasks.
+      form: The form of free answers.
+      model: Whose tokenizer was used.
+    """
+    decode = partial(text_of, model.tokenizer, form.stop)
+    right = [[] if t.answers else [row[1] for row in t.test] for t in tasks]
+    shown = []
+    if any(right):
+        for program in programs:
+            written = run_folder.load_program(folder, program)["evaluate/written"]
+            found = {"rouge": scores(written, order, right, decode)}
+            run_folder.save_arrays(folder / "raw" / f"{program}-rouge.npz", found)
+            shown = shown or examples(written[-1], order[-1], tasks, decode)
+    listed = [
+        (
+            task.name,
+            f"one of {len(task.answers)} words" if task.answers else "free text",
+            len(task.train),
+            len(task.test),
+            task.note or None,
+        )
+        for task in tasks
+    ]
+    run_folder.write_json(folder / "tasks.json", {"tasks": listed, "examples": shown})
 
 
 def examples(
@@ -206,7 +262,29 @@ def with_rouge(
     return changed
 
 
-def published_table(of: dict[str, ArmResults], stream: str) -> Table:
+def tables(folder: Path, of: dict[str, ArmResults]) -> list[Table]:
+    """The tasks, some answers, and the measures by which such sequences are known."""
+    found = run_folder.read_json(Path(folder) / "tasks.json")
+    tasks = Table(
+        "tasks",
+        "Tasks",
+        ("task", "answers", "training texts", "held-out texts", "note"),
+        found["tasks"],
+        "A task of words is scored by accuracy among them; one of free text by Rouge-L "
+        "(F, words by their stems) of what is written greedily, against the right "
+        "answer that it matches best. Measures of all tasks average both.",
+    )
+    shown = Table(
+        "answers",
+        "What is written about one text",
+        ("task", "text ends", "right", "before", "after its task", "at the end"),
+        found["examples"],
+        "Of the last arm and order that were run first.",
+    )
+    return [tasks, *([shown] if found["examples"] else []), published_table(of)]
+
+
+def published_table(of: dict[str, ArmResults]) -> Table:
     """The measures by which the sequences of SAPT are published, in percent."""
     alone = of.get("LoRA per task")
     rows = []
@@ -230,7 +308,7 @@ def published_table(of: dict[str, ArmResults], stream: str) -> Table:
             )
         )
     return Table(
-        f"published-{stream}",
+        "published",
         "The measures of SAPT, in percent",
         ("arm", "AP", "F.Ra", "FWT"),
         rows,

@@ -47,7 +47,13 @@ def yes_no_pool(tasks: tuple[TextTask, ...]) -> tuple[TextTask, ...]:
                 parts[part] = tuple(kept[i] for i in random.permutation(len(kept)))
             question = f"Is this '{word}', yes or no?"
             pool.append(
-                TextTask(f"{task.name}: {word}", question, ("no", "yes"), **parts)
+                TextTask(
+                    f"{task.name}: {word}",
+                    question,
+                    ("no", "yes"),
+                    parts["train"],
+                    parts["test"],
+                )
             )
     return tuple(pool)
 

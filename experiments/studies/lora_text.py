@@ -19,11 +19,14 @@ compared with LoRA-GA. At the pre-trained weights every question's gradient says
 same first: answer yes or no. So the model learns this format before, from answers drawn
 at random; see ``_lora_text_mining``.
 
-**Other tasks.** ``--source`` takes a folder of tasks in the form of
-Super-NaturalInstructions, if their answers are a few words that start differently.
+**Other tasks.** ``--source`` takes a folder or an archive of tasks in the form of
+Super-NaturalInstructions. Free answers are learnt and written token by token; see
+``_lora_text_generation``. ``--order published`` learns the tasks of SAPT's two
+benchmarks in its orders.
 
-**Measures.** Accuracy on held-out texts, as for the digits; and the loss on text of no
-task, in nats per token: what the model forgets of its language.
+**Measures.** Accuracy on held-out texts, as for the digits, and Rouge-L of the answer
+where answers are free; and the loss on text of no task, in nats per token: what the
+model forgets of its language.
 
 **Choices.** Every arm takes, for each stream, the learning rate of the best final
 accuracy on a tuning order (or mined pair), which is not reported.
@@ -46,6 +49,7 @@ from experiments.studies import _lora_program as program
 from experiments.studies import _lora_report as reporting
 from experiments.studies import _lora_results as results
 from experiments.studies import _lora_text_data as text
+from experiments.studies import _lora_text_generation as free
 from experiments.studies import _lora_text_mining as mining
 from experiments.studies import _lora_text_mining_report as mining_report
 
@@ -96,7 +100,12 @@ class Config:
     )
     source: str = field(
         "text6",
-        help="text6, or a folder of tasks in the form of Super-NaturalInstructions",
+        help="text6, or a folder or archive of tasks as in Super-NaturalInstructions",
+    )
+    only: tuple[str, ...] = field((), help="tasks of the source to take; none: all")
+    leave_out: tuple[str, ...] = field((), help="tasks of the source to leave out")
+    order: Literal["own", "published"] = field(
+        "own", help="own: of each seed's own; published: of SAPT, in turn"
     )
     size: Literal["small", "full"] = field(
         "small", help="small: the last layer, two CPU cores; full: a GPU"
@@ -120,6 +129,7 @@ class Config:
     warm: int = field(0, quick=30, minimum=0, help="steps before pairs are mined")
     train: int = field(0, quick=48, minimum=0, help="training texts of each task")
     test: int = field(0, quick=32, minimum=0, help="held-out texts of each task")
+    answer: int = field(0, quick=8, minimum=0, help="most tokens of a free answer")
 
 
 SIZES = {
@@ -131,6 +141,7 @@ SIZES = {
         "warm": 100,
         "train": 128,
         "test": 64,
+        "answer": 16,
     },
     "full": {
         "layers": 30,
@@ -140,6 +151,7 @@ SIZES = {
         "warm": 200,
         "train": 1024,
         "test": 512,
+        "answer": 50,
     },
 }
 
@@ -159,7 +171,14 @@ def check(config: Config) -> None:
             f"the seeds {both} would choose learning rates and be reported; move "
             "`--first-seed` or `--first-tuning-seed`."
         )
-    data.load_text_tasks(config.source)
+    tasks = _tasks(config)
+    if config.order == "published":
+        _orders(config, tasks, reported)
+    if "mined" in config.streams and not any(task.answers for task in tasks):
+        raise ValueError(
+            "all tasks have free answers, and pairs are mined from questions that one "
+            "word answers; give `--streams sequence`."
+        )
     data.model_file("smollm2")
 
 
@@ -178,15 +197,31 @@ def programs(config: Config) -> dict[str, list[tuple[arms.Arm, str]]]:
     return found
 
 
+def _tasks(config):
+    return data.load_text_tasks(config.source, config.only, config.leave_out)
+
+
+def _orders(config, tasks, seeds):
+    """Indices of each seed's tasks, ``[seeds, tasks of a sequence]``."""
+    if config.order == "published":
+        known = data.published_orders([task.name for task in tasks])
+        orders = [known[seed % len(known)] for seed in seeds]
+    else:
+        orders = [np.random.default_rng(seed).permutation(len(tasks)) for seed in seeds]
+    return np.array(orders, np.int32)[:, : config.tasks]
+
+
 def run(config: Config, folder: Path, context: engine.Context) -> dict:
     """Trains every arm on every order; returns the numbers of ``results.json``."""
     size = sized(config)
     tuning, reported = results.seeds(config)
     seeds = tuning + reported
     chosen = programs(config)
-    tasks = data.load_text_tasks(config.source)
+    tasks = _tasks(config)
     work = {"sequence": min(config.tasks, len(tasks)), "mined": 2}
-    per_stream = {s: work[s] * size["steps"] * len(seeds) for s in config.streams}
+    per_stream: dict[str, int] = {
+        s: work[s] * size["steps"] * len(seeds) for s in config.streams
+    }
     each = [per_stream[stream] for pairs in chosen.values() for _, stream in pairs]
     context.progress.plan(sum(each) * len(config.rates))
 
@@ -197,10 +232,7 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
         bench = _Bench(model, config, size, folder, context.progress.say)
         if stream == "sequence":
             settings, arrays = bench.data(stream, tasks, size["train"], size["test"])
-            order = np.stack(
-                [np.random.default_rng(seed).permutation(len(tasks)) for seed in seeds]
-            )
-            arrays = arrays._replace(order=order[:, : work[stream]].astype(np.int32))
+            arrays = arrays._replace(order=_orders(config, tasks, seeds))
         else:
             settings, arrays = bench.mined(tasks, len(tuning), len(reported))
         settings = settings._replace(tasks=work[stream])
@@ -218,8 +250,25 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
                     arms.make_lanes(pairs, text.STREAMS, rates, seeds),
                     chunk_steps=max(1, size["steps"] // 4),
                 )
+        if stream == "sequence":
+            own = [name for name, pairs in chosen.items() if pairs[0][1] == stream]
+            taken = [
+                task._replace(
+                    train=text.chosen(task.train, size["train"]),
+                    test=text.chosen(task.test, size["test"]),
+                )
+                for task in tasks
+            ]
+            free.record(folder, own, taken, arrays.order, settings.answer, model)
     shutil.rmtree(folder / _TRUNK, ignore_errors=True)
-    return reporting.summarize(results.load(folder, chosen, config, _RATE_SCALES))
+    return reporting.summarize(_load(folder, config))
+
+
+def _load(folder, config):
+    """Results of a run, with the score that fits each task."""
+    chosen = programs(config)
+    loaded = results.load(folder, chosen, config, _RATE_SCALES)
+    return free.with_rouge(loaded, folder, chosen)
 
 
 class _Bench(NamedTuple):
@@ -238,15 +287,24 @@ class _Bench(NamedTuple):
             tasks,
             self.model.tokenizer,
             size["length"],
-            min(train, *(len(task.train) for task in tasks)),
-            min(test, *(len(task.test) for task in tasks)),
+            train,
+            test,
+            form := free.Answer(size["answer"], self.model.stop),
+        )
+        last, params = llama.last_layers(whole, self.model.params, size["layers"])
+        pattern = _ALL if self.config.size == "full" else _ATTENTION
+        settings = text.Settings(
+            last, pattern, _RANK, size["batch"], len(tasks), _EXAMPLES, form
+        )
+        writer = free.make_writer(
+            self.model.params, size["layers"], tasks, parts[1].inputs, parts[1].where
         )
         mini = data.load_stream("mini8")
         parts.append(
             text.windows(mini, self.model.tokenizer, size["length"], _GENERAL_WINDOWS)
         )
         self.say(f"{name}: texts go through the layers that are not adapted")
-        parts = [
+        train, test, general = (
             text.read(
                 whole,
                 self.model.params,
@@ -255,20 +313,17 @@ class _Bench(NamedTuple):
                 self.folder / _TRUNK / f"{name}-{i}.npy",
             )
             for i, part in enumerate(parts)
-        ]
-        last, params = llama.last_layers(whole, self.model.params, size["layers"])
-        pattern = _ALL if self.config.size == "full" else _ATTENTION
-        settings = text.Settings(
-            last, pattern, _RANK, size["batch"], len(tasks), _EXAMPLES
         )
         no_order = np.zeros([1, 1], np.int32)
-        frozen, adapted = text.split(params, pattern)
-        return settings, text.Data(frozen, adapted, words, *parts, no_order)
+        arrays = text.Data(
+            *text.split(params, pattern), words, train, test, general, no_order, writer
+        )
+        return settings, arrays
 
     def mined(self, tasks, tuning, reported):
         """The pairs of least cosine after the format was learnt; leaves a record."""
         pool = mining.yes_no_pool(tasks)
-        settings, arrays = self.data("pool", pool, _EXAMPLES, _EXAMPLES)
+        settings, arrays = self.data("pool", pool, *_fewest(pool, _EXAMPLES, _EXAMPLES))
         warm, losses = mining.warm_up(settings, arrays, self.size["warm"], _WARM_RATE)
         record: dict[str, Any] = {
             "names": [task.name for task in pool],
@@ -288,10 +343,16 @@ class _Bench(NamedTuple):
         # Those of least cosine are reported.
         pairs = np.concatenate([pairs[reported:], pairs[:reported]])
         chosen = tuple(pool[i] for i in pairs.flat)
-        size = self.size
-        settings, arrays = self.data("mined", chosen, size["train"], size["test"])
+        counts = _fewest(chosen, self.size["train"], self.size["test"])
+        settings, arrays = self.data("mined", chosen, *counts)
         order = np.arange(pairs.size, dtype=np.int32).reshape(pairs.shape)
         return settings, arrays._replace(adapted=warm, order=order)
+
+
+def _fewest(tasks, train, test):
+    """Texts of each part, as many as asked for or as the shortest task has."""
+    fewest = (min(len(getattr(t, part)) for t in tasks) for part in ("train", "test"))
+    return tuple(map(min, fewest, (train, test)))
 
 
 def report(folder: Path):
@@ -324,8 +385,16 @@ def report(folder: Path):
         f"mined pairs: over pairs). Learning rates from {chosen} (of EBLoRA "
         f"{_RATE_SCALES['eblora']:g} times these), by {config.tuning} other orders."
     )
-    loaded = results.load(folder, programs(config), config, _RATE_SCALES)
+    if config.source != "text6":
+        summary += (
+            f" Where answers are free, Rouge-L of the first {size['answer']} tokens "
+            "written stands for accuracy."
+        )
+    loaded = _load(folder, config)
     content = reporting.report(loaded, words, summary)
+    if "sequence" in config.streams and config.source != "text6":
+        tables = free.tables(folder, loaded["sequence"])
+        content = content._replace(tables=[*content.tables, *tables])
     if "mined" in config.streams:
         mined = run_folder.read_json(Path(folder) / "mined.json")
         tables = [*content.tables, *mining_report.tables(mined)]

@@ -10,16 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import engine, run_folder
+from experiments import data, engine, run_folder
 from experiments.data import TextTask
-from experiments.data._instructions import read_tasks
-from experiments.models import generation, llama
+from experiments.models import generation, llama, smollm2
 from experiments.progress import Progress
 from experiments.studies import _lora_arms as arms
-from experiments.studies import _lora_program as program
 from experiments.studies import _lora_results as results
-from experiments.studies import _lora_text_data as text
 from experiments.studies import _lora_text_generation as free
+from experiments.studies import lora_text
 from experiments.studies._lora_results import ArmResults
 
 CONFIG = llama.LlamaConfig.tiny()
@@ -125,7 +123,7 @@ def test_published_measures_by_hand():
         "LoRA": arm_results(matrix),
         "LoRA per task": arm_results(alone.repeat(2, 1), "LoRA per task"),
     }
-    table = free.published_table(of, "sequence")
+    table = free.published_table(of)
     name, final, forgotten, gain = table.rows[0]
     assert name == "LoRA"
     np.testing.assert_allclose(final[0], 100 * 1.4 / 3)
@@ -156,10 +154,12 @@ class Words:
     def encode(self, text):
         new = [word for word in text.split() if word not in self.known]
         self.known += dict.fromkeys(new)
-        return types.SimpleNamespace(ids=[self.known.index(w) for w in text.split()])
+        # Whatever else is read has no tokens of its own.
+        ids = [min(self.known.index(word), STOP - 1) for word in text.split()]
+        return types.SimpleNamespace(ids=ids)
 
     def decode(self, ids):
-        return " ".join(self.known[i] if i < len(self.known) else "?" for i in ids)
+        return " ".join(self.known[i] for i in ids if i < len(self.known))
 
 
 def folder_of_two_tasks(folder):
@@ -180,61 +180,56 @@ def folder_of_two_tasks(folder):
 @pytest.mark.parametrize(
     "name", ["LoRA", pytest.param("LoRA per task", marks=pytest.mark.slow)]
 )
-def test_a_tiny_model_learns_a_free_answer_from_a_folder(name, tmp_path):
-    (tmp_path / "tasks").mkdir()
-    tasks = read_tasks(folder_of_two_tasks(tmp_path / "tasks"))
-    tokenizer, form = Words(), free.Answer(tokens=5, stop=STOP)
-    words, train, test = text.encode(tasks, tokenizer, 16, 24, 20, form)
+def test_a_tiny_model_learns_a_free_answer_from_a_folder(name, tmp_path, monkeypatch):
     params = llama.init(CONFIG, jax.random.key(0))
     # As it is, the head can't tell tokens apart with any confidence.
     params["embed"]["embedding"] *= 20.0
-    config, last = llama.last_layers(CONFIG, params, 2)
-    pattern = r"layers/(v|o|down)/kernel"
-    general = test._replace(answer=test.answer - 1)
-    arrays = text.Data(
-        *text.split(last, pattern),
-        words,
-        text.read(CONFIG, params, train, 2, tmp_path / "train.npy"),
-        text.read(CONFIG, params, test, 2, tmp_path / "test.npy"),
-        jax.tree.map(
-            lambda x: x[1],
-            text.read(CONFIG, params, general, 2, tmp_path / "general.npy"),
-        ),
-        np.array([[0, 1], [1, 0]], np.int32),
-        free.Writer(
-            jax.tree.map(lambda x: x[:1], params["layers"]),
-            test.inputs,
-            test.where[..., 0],
-            np.array([10, 0]),
-        ),
+    model = smollm2.SmolLM2(CONFIG, params, Words(), STOP)
+    monkeypatch.setattr(smollm2, "load", lambda: model)
+    monkeypatch.setattr(data, "model_file", lambda name: None)
+    (tmp_path / "tasks").mkdir()
+    config = lora_text.Config(
+        streams=("sequence",),
+        source=folder_of_two_tasks(tmp_path / "tasks"),
+        arms=(name,),
+        seeds=2,
+        tuning=0,
+        rates=(3e-2,),
+        layers=2,
+        length=16,
+        batch=8,
+        steps=32,
+        train=24,
+        test=20,
+        answer=5,
     )
-    settings = text.Settings(config, pattern, 4, 8, 2, 16, form)
-    arm = arms.ARMS[name]
-    made = program.make_program(
-        text.make_bench(settings), arms.FAMILIES[arm.family], 30
-    )
-    pairs = [(arm, "sequence")]
+    lora_text.check(config)
+    (folder := tmp_path / "run").mkdir()
+    run_folder.open_run(folder, "lora_text", config)
     with jax.numpy_rank_promotion("allow"):
-        engine.run_program(
-            made,
-            arrays,
-            arms.make_lanes(pairs, text.STREAMS, (3e-2,), (5, 6)),
-            chunk_steps=30,
-            folder=tmp_path,
-            progress=Progress(stream=None),
+        context = engine.Context(folder, Progress(stream=None))
+        found = lora_text.run(config, folder, context)["sequence"][name]
+
+    loaded = lora_text._load(folder, config)["sequence"][name]
+    measured = results.load(folder, lora_text.programs(config), config)
+    matrix, accuracy = loaded.matrix[0], measured["sequence"][name].matrix[0]
+    for seed, order in enumerate(lora_text._orders(config, "ab", (1000, 1001))):
+        (text,) = np.flatnonzero(order == 0)
+        # Nearly nothing is right at first, nearly everything when it has been learnt.
+        assert matrix[seed, 0, text] < 0.3
+        assert matrix[seed, text + 1, text] > 0.9
+        # The other task has its accuracies.
+        np.testing.assert_array_equal(
+            matrix[seed, :, 1 - text], accuracy[seed, :, 1 - text]
         )
-    right = [[answers for _, answers in text.chosen(tasks[0].test, 20)], []]
-    decode = partial(free.text_of, tokenizer, STOP)
-    free.save_scores(tmp_path, made.name, arrays.order, right, decode)
-    run = types.SimpleNamespace(rates=(3e-2,), tuning=0)
-    loaded = results.load(tmp_path, {made.name: pairs}, run)
-    found = free.with_rouge(loaded, tmp_path, {made.name: pairs})
-    matrix = found["sequence"][name].matrix[0]
-    accuracy = loaded["sequence"][name].matrix[0]
-    # Seed 5 learns the text first, seed 6 last.
-    assert matrix[0, 0, 0] < 0.3
-    assert matrix[0, 1, 0] > 0.9
-    assert matrix[1, 2, 1] > 0.9
-    # The other task has accuracies, as they were measured.
-    np.testing.assert_array_equal(matrix[0, :, 1], accuracy[0, :, 1])
-    np.testing.assert_array_equal(matrix[1, :, 0], accuracy[1, :, 0])
+    np.testing.assert_allclose(found["final"], matrix[:, -1].mean(-1))
+
+    tables = {table.name: table for table in lora_text.report(folder).tables}
+    kinds = [row[:4] for row in tables["tasks"].rows]
+    assert kinds == [["text", "free text", 10, 10], ["words", "one of 2 words", 24, 20]]
+    (shown,) = tables["answers"].rows
+    assert shown[0] == "text"
+    assert shown[2] == "the cat sat"
+    np.testing.assert_allclose(
+        tables["published"].rows[0][1][0], 100 * found["final"].mean()
+    )
