@@ -1,98 +1,47 @@
-"""What holds for every matrix of orthonormal columns, in the precision of training.
-
-Every function is compiled once, for one stack of matrices: examples vary the values.
-"""
+"""What holds for every matrix of orthonormal columns, in the precision of training."""
 
 import functools
 
-import hypothesis
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import strategies as st
 
 from optax_cl.lora import stiefel
-
-N, D, R = 6, 12, 3
-ORTHONORMAL, OFF = 5e-6, 1e-6
-
-tangent_project = jax.jit(stiefel.tangent_project, static_argnames="metric")
-riemannian_gradient = jax.jit(stiefel.riemannian_gradient, static_argnames="metric")
-transport = jax.jit(stiefel.transport)
-retract = jax.jit(stiefel.retract, static_argnames="method")
-# Where little runs, code that is quick to make is quicker than quick code.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+from tests.lora.stiefel_points import (
+    MEMORY,
+    OFF,
+    ORTHONORMAL,
+    SEEDS,
+    SHARED,
+    SIZES,
+    D,
+    N,
+    R,
+    assert_point,
+    draw,
+    every_method,
+    every_metric,
+    every_polar,
+    examples,
+    inner,
+    inside,
+    norm,
+    numpy_polar,
+    off,
+    orthonormal,
+    orthonormality,
+    point,
+    polar,
+    quick_jit,
+    retract,
+    riemannian_gradient,
+    tangent,
+    tangent_project,
+    transport,
 )
-polar = quick_jit(stiefel.polar, static_argnames="method")
-
-every_metric = pytest.mark.parametrize("metric", stiefel.METRICS)
-every_method = pytest.mark.parametrize("method", stiefel.RETRACTIONS)
-every_polar = pytest.mark.parametrize("method", stiefel.POLARS)
-SEEDS = st.integers(0, 2**32 - 1)
-SIZES = st.floats(-6, 6).map(lambda exponent: 10.0**exponent)
-
-
-def examples(*strategies):
-    """Hypothesis' draws, a few of them; they come last of a test's arguments."""
-
-    def decorate(test):
-        return hypothesis.settings(max_examples=20)(hypothesis.given(*strategies)(test))
-
-    return decorate
-
-
-def draw(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape or (N, D, R))
-
-
-def orthonormal(seed, *shape):
-    return np.float32(np.linalg.qr(draw(seed, *shape))[0])
-
-
-# For each point two directions that are taken, and columns that wait for others.
-MEMORY = np.zeros((N, D, 4), np.float32)
-MEMORY[..., [0, 2]] = orthonormal(99, N, D, 2)
-SHARED = MEMORY[0]
-
-
-def off(z, memory=MEMORY):
-    return z - memory @ (memory.mT @ z)
-
-
-def point(seed):
-    return np.float32(np.linalg.qr(off(draw(seed)))[0])
-
-
-def tangent(seed, x, size=1.0):
-    z = np.float32(size * draw((seed, 1)))
-    return np.asarray(tangent_project(x, z, memory=MEMORY))
-
-
-def orthonormality(x):
-    x = np.asarray(x, np.float64)
-    return np.abs(x.mT @ x - np.eye(x.shape[-1])).max((-2, -1))
-
-
-def inside(x, memory=MEMORY):
-    return np.abs(np.float64(memory.mT) @ np.asarray(x, np.float64)).max()
-
-
-def assert_point(x, memory=MEMORY):
-    assert orthonormality(x).max() <= ORTHONORMAL
-    assert inside(x, memory) <= OFF
-
-
-def norm(z):
-    return np.sqrt(np.sum(np.float64(z) ** 2, axis=(-2, -1)))
-
-
-def inner(a, b):
-    return np.sum(np.float64(a) * np.float64(b), axis=(-2, -1))
-
 
 # --- tangent vectors ---
 
@@ -200,11 +149,6 @@ def test_a_memory_may_be_shared_by_a_stack():
     for memory in (SHARED, SHARED[None]):
         found = tangent_project(x, z, memory=memory)
         np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def numpy_polar(y):
-    u, _, vt = np.linalg.svd(y, full_matrices=False)
-    return u @ vt
 
 
 def project_once_before(y):
@@ -391,94 +335,6 @@ def test_polar_comes_as_near_as_its_documentation_says(method):
         assert_point(found, SHARED)
         expected = numpy_polar(np.float64(y))
         np.testing.assert_allclose(found, expected, atol=tolerance)
-
-
-# --- matrices without an answer of their own, and their neighbours ---
-
-
-def with_entry(value):
-    return lambda y: np.where(np.arange(y.size).reshape(y.shape) == 1, value, y)
-
-
-BAD = {
-    "zero": np.zeros_like,
-    "deficient": lambda y: y[:, [0, 1, 0]],
-    "nan": with_entry(np.nan),
-    "inf": with_entry(np.inf),
-    "huge": lambda y: 1e38 * np.sign(y),
-    "small": lambda y: 1e-30 * y,  # and its Gram matrix is zero
-    "tiny": lambda y: 1e-38 * y,  # and below the smallest normal float
-}
-every_bad = pytest.mark.parametrize("kind", BAD)
-
-
-def spoil_one(y, kind):
-    y = np.array(y, np.float32)
-    y[2] = BAD[kind](y[2])
-    return y
-
-
-def assert_only_one_differs(found, expected, memory=MEMORY):
-    others = np.arange(N) != 2
-    np.testing.assert_array_equal(np.asarray(found)[others], expected[others])
-    assert_point(found, memory)
-
-
-@every_bad
-@every_method
-def test_a_bad_step_leaves_the_others_of_its_stack_bitwise_alone(method, kind):
-    x = point(0)
-    xi = tangent(0, x)
-    # Of the sum, since that is what a retraction has to make sense of.
-    bad = spoil_one(x + xi, kind)[2] - x[2]
-    found = retract(
-        x,
-        np.where(np.arange(N)[:, None, None] == 2, bad, xi),
-        method=method,
-        memory=MEMORY,
-    )
-    expected = np.asarray(retract(x, xi, method=method, memory=MEMORY))
-    assert_only_one_differs(found, expected)
-    if kind in ("nan", "inf"):
-        np.testing.assert_allclose(found[2], x[2], atol=1e-6)
-
-
-@every_bad
-@every_polar
-def test_a_bad_matrix_leaves_the_others_of_its_stack_bitwise_alone(method, kind):
-    y = np.float32(draw(0))
-    expected = np.asarray(polar(y, method=method, memory=SHARED))
-    bad = spoil_one(y, kind)
-    found = polar(bad, method=method, memory=SHARED)
-    assert_only_one_differs(found, expected, SHARED)
-    np.testing.assert_array_equal(found, polar(bad, method=method, memory=SHARED))
-    if kind in ("huge", "small"):
-        same = numpy_polar(off(np.sign(y[2]) if kind == "huge" else y[2], SHARED))
-        np.testing.assert_allclose(found[2], same, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        "newton_schulz",
-        *(
-            pytest.param(m, marks=pytest.mark.slow)
-            for m in stiefel.RETRACTIONS
-            if m != "newton_schulz"
-        ),
-    ],
-)
-def test_vmap_gives_what_a_stack_gives(method):
-    function = functools.partial(stiefel.retract, method=method)
-    mapped = quick_jit(jax.vmap(lambda x, xi, memory: function(x, xi, memory=memory)))
-    x = point(0)
-    xi = tangent(0, x)
-    expected = np.asarray(retract(x, xi, method=method, memory=MEMORY))
-    found = np.asarray(mapped(x, xi, MEMORY))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    for kind in BAD:
-        bad = spoil_one(xi, kind)
-        assert_only_one_differs(mapped(x, bad, MEMORY), found)
 
 
 # --- arguments, devices ---
