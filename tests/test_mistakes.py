@@ -8,7 +8,7 @@ from flax import nnx
 
 import optax_cl
 import optax_cl.flax
-from optax_cl import penalties
+from optax_cl import lora, penalties
 
 KEY = jax.random.key(0)
 TASK = optax_cl.classification(
@@ -224,3 +224,62 @@ def test_a_python_number_among_the_parameters_is_a_scalar_leaf(make):
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(grads, state, params)
     assert updates["b"].shape == ()
+
+
+# --- Adapters ------------------------------------------------------------------------
+
+TARGETS = lora.targets(make_params(), {"w": 2}, alpha=4.0)
+GRADIENTS = {"w": jnp.eye(4, 3)}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (lambda: lora.lora_init(TARGETS, make_params(), KEY).adapters, "LoRA at `w`"),
+        (make_params, "at `w` there is the kernel itself"),
+    ],
+)
+def test_eblora_refuses_what_it_would_not_act_on(params, message):
+    tx = lora.eblora(optax.adam(0.1), targets=TARGETS, memory_rank=1)
+    with pytest.raises(ValueError, match=message):
+        tx.init(params())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: lora.lora_init(TARGETS, make_params(), 0), TypeError, "`key`"),
+        (lambda: lora.lora_init(make_params(), TARGETS, KEY), TypeError, "`targets`"),
+        (
+            lambda: lora.eblora_init(
+                TARGETS,
+                GRADIENTS,
+                lora.eblora(optax.adam(0.1), targets=TARGETS, memory_rank=1).init({}),
+            ),
+            TypeError,
+            r"`memory`.*lora\.memory\(opt_state\)",
+        ),
+        (
+            lambda: lora.merge(
+                TARGETS, make_params(), lora.lora_init(TARGETS, make_params(), KEY)
+            ),
+            ValueError,
+            "Start, whose field `adapters` has them",
+        ),
+        (
+            lambda: lora.mean_gradients(TARGETS, TASK.loss, make_params(), (X, Y)),
+            ValueError,
+            r"`\[batch\]`",
+        ),
+        (
+            lambda: lora.input_covariances(
+                TARGETS, lambda p, b: {"w": b[0]}, make_params(), {"x": X}
+            ),
+            TypeError,
+            "`batches` must be a list",
+        ),
+    ],
+)
+def test_what_is_given_in_place_of_an_adapters_argument_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

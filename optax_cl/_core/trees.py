@@ -74,9 +74,9 @@ def align_structure(
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"`{name}` must have the tree structure of the updates (leaves hidden by "
-            f"a mask may be present); got {jax.tree.structure(tree)}, expected "
-            f"{jax.tree.structure(like)}."
+            f"`{name}` must have the tree structure of what it goes with, the updates, "
+            "parameters or state (leaves hidden by a mask may be present); got "
+            f"{jax.tree.structure(tree)}, expected {jax.tree.structure(like)}."
         ) from error
 
 

@@ -190,6 +190,7 @@ def targets(
 
 def kernels(targets: Targets, params: chex.ArrayTree) -> dict[str, chex.Array]:
     """The targeted kernels as matrices, ``{path: [*batch, in, out]}``."""
+    check_targets(targets)
     leaves = _leaves(params)
     for path, target in targets.items():
         if path not in leaves or jnp.shape(leaves[path]) != target.shape:
@@ -295,10 +296,22 @@ def is_adapter(node: Any) -> bool:
     return isinstance(node, LoRA | Spectral)
 
 
+def check_targets(targets: Any) -> None:
+    """Raises unless ``targets`` is what the function of that name makes."""
+    if not isinstance(targets, Targets):
+        raise TypeError(
+            "`targets` must be made by `lora.targets(params, ranks, alpha=...)`; got "
+            f"{type(targets).__name__}."
+        )
+
+
 def check_adapters(targets: Targets, adapters: Adapters) -> None:
     """Raises unless there is one adapter of the right shape for every target."""
+    check_targets(targets)
     if not isinstance(adapters, Mapping) or set(adapters) != set(targets):
         got = sorted(adapters) if isinstance(adapters, Mapping) else type(adapters)
+        if hasattr(adapters, "adapters"):
+            got = f"{type(adapters).__name__}, whose field `adapters` has them"
         raise ValueError(
             f"`adapters` must map the paths of `targets`, {sorted(targets)}, to "
             f"adapters; got {got}."

@@ -15,18 +15,10 @@ import numpy as np
 from optax_cl._core import checks
 from optax_cl.lora import _memory
 from optax_cl.lora._adapters import Targets
+from optax_cl.lora._adapters import check_targets as check_targets
 
 # One number, or pairs of a path and a number.
 Ranks = int | tuple[tuple[str, int], ...]
-
-
-def check_targets(targets: Any) -> None:
-    """Raises unless ``targets`` are what ``lora.targets`` returns."""
-    if not isinstance(targets, Targets):
-        raise TypeError(
-            "`targets` must be made by `lora.targets(params, ranks, alpha=...)`; got "
-            f"{type(targets).__name__}."
-        )
 
 
 def hashable_ranks(memory_rank: Any, targets: Targets) -> Any:

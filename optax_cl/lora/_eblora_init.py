@@ -81,6 +81,11 @@ def eblora_init(
       2. It divides by the number of layers less one.
       3. Exact instead of randomized decomposition, nowhere in half precision.
     """
+    if not isinstance(memory, Mapping | None):
+        raise TypeError(
+            "`memory` must map paths to bases, as `lora.memory(opt_state)` gives them; "
+            f"got {type(memory).__name__}."
+        )
     shares = _depths(targets, isinstance(magnitude, tuple))
     first, last = magnitude if isinstance(magnitude, tuple) else (magnitude, magnitude)
     for name, value in (("magnitude", first), ("magnitude", last)):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_cl._core import checks, trees
 from optax_cl._core.matrices import to_matrix
-from optax_cl._core.streaming import check_stacked, padded_batches
+from optax_cl._core.streaming import check_batches, check_stacked, padded_batches
 from optax_cl.lora._adapters import Targets, kernels
 
 Loss = Callable[[Any, Any], chex.Array]
@@ -80,6 +80,7 @@ def mean_gradients(
         check_stacked(batches)
         means = _scan(loss, targets, params, batches)
     else:
+        check_batches(batches, 1)
         means = _loop(loss, targets, params, batches)
     check_finite("the mean gradient", means)
     return means

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from optax_cl._core import checks
 from optax_cl.lora._absorb import Start, factor_dtype, per_target
 from optax_cl.lora._adapters import LoRA, Targets, kernels
 
@@ -85,6 +86,7 @@ def orthogonal_init(
 
 def _zero_product(targets, params, key, draw):
     weights = kernels(targets, params)
+    checks.check_key("key", key)
     keys = dict(zip(targets, jax.random.split(key, len(targets)), strict=True))
 
     def make(target, kernel, key):

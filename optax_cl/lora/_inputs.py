@@ -51,6 +51,7 @@ def input_covariances(
       [[2. 0.]
        [0. 8.]]
     """
+    streaming.check_batches(batches, 1)
     acc = _zeros(targets)
     seen = False
     for batch, weights in streaming.padded_batches(batches):

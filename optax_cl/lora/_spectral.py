@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cl._core import checks, trees
-from optax_cl.lora._adapters import Spectral, Targets
+from optax_cl.lora._adapters import Spectral, Targets, is_adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,15 @@ def map_roles(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def check_fit(targets: Targets, params: Any) -> None:
-    """Raises unless every ``Spectral`` adapter has the shapes of its target."""
-    for path, adapter in spectral(params):
+    """Raises unless every ``Spectral`` adapter has the shapes of its target.
+
+    A tree may have none (a mask hides them, say), but then no kernel or ``LoRA`` may
+    stand where one belongs: they would be trained as if there was no method.
+    """
+    found = list(spectral(params))
+    if not found:
+        _check_no_other(targets, params)
+    for path, adapter in found:
         if path not in targets:
             raise ValueError(
                 f"`params` has a `Spectral` adapter at `{path}`, which is none of "
@@ -92,6 +99,25 @@ def check_fit(targets: Targets, params: Any) -> None:
                     f"`{path}/{field}` must be real and floating; got dtype "
                     f"{jnp.result_type(leaf)}."
                 )
+
+
+def _check_no_other(targets: Targets, params: Any) -> None:
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapter)
+    for path, node in nodes:
+        name = checks.path_str(path)
+        if name not in targets:
+            continue
+        if is_adapter(node):
+            raise ValueError(
+                f"`params` has a LoRA at `{name}`, but this method trains `Spectral` "
+                "adapters, as `lora.eblora_init` makes them; or convert by "
+                "`lora.to_spectral`."
+            )
+        if jnp.shape(node) == targets[name].shape:
+            raise ValueError(
+                f"`params` must be the adapters, but at `{name}` there is the kernel "
+                "itself. Make adapters with `lora.eblora_init(targets, gradients)`."
+            )
 
 
 def known(x: Any) -> bool:
