@@ -74,7 +74,8 @@ def final_accuracies(seed, strength):
     for i, (data, _) in enumerate(stream):
         key_task, key_fisher = jax.random.split(jax.random.fold_in(key, i))
         params, state = train(params, state, data, key_task, strength)
-        rows = [slice(j, j + 250) for j in range(0, 1200, 250)]
+        # Enough for a Fisher; its estimation would take most of the test's time.
+        rows = [slice(0, 200), slice(200, 300)]
         batches = [jax.tree.map(lambda x, r=r: x[r], data) for r in rows]
         stats = tasks.collect(state, params, batches, task=TASK, key=key_fisher)
         state = tasks.begin_task(tasks.end_task(state, params, stats), params)
