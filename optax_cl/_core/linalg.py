@@ -9,6 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from optax_cl._core import decompositions
+
 # A projector applied in reduced matrix precision (the default of some accelerators)
 # leaves a thousandth of what it should remove.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -49,7 +51,7 @@ def merge_gram(
     """
     r = basis.shape[-1]
     total = lift(basis * energy[..., None, :], jnp.swapaxes(basis, -1, -2)) + new_gram
-    values, vectors = jnp.linalg.eigh(total)
+    values, vectors = decompositions.eigh(total)
     return _leading(vectors[..., ::-1], values[..., ::-1], r)
 
 
@@ -59,7 +61,7 @@ def merge_factor(
     """As ``merge_gram`` with ``Gram = F F^T``, F ``[..., in, m]``; never forms it."""
     r = basis.shape[-1]
     stacked = jnp.concatenate([basis * jnp.sqrt(energy)[..., None, :], factor], axis=-1)
-    vectors, singular, _ = jnp.linalg.svd(stacked, full_matrices=False)
+    vectors, singular, _ = decompositions.svd(stacked)
     return _leading(vectors, singular**2, r)
 
 
@@ -93,7 +95,7 @@ def nystrom_factor(sketch: chex.Array, test: chex.Array) -> chex.Array:
         cholesky, jnp.swapaxes(shifted, -1, -2), lower=True
     )
     factor = jnp.swapaxes(factor, -1, -2)
-    u, s, _ = jnp.linalg.svd(factor, full_matrices=False)
+    u, s, _ = decompositions.svd(factor)
     s = jnp.sqrt(jnp.maximum(s**2 - shift[..., 0], 0.0))
     return jnp.where(norm > 0, u * s[..., None, :], 0.0)
 

@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from optax_cl._core import decompositions
 from optax_cl._core.linalg import coefficients, lift
 
 # A Gram matrix squares the condition number. Up to this condition of the Gram matrix
@@ -133,7 +134,7 @@ def _gram_pass(inverse_root: Callable[[chex.Array], chex.Array]) -> _Pass:
 
 
 def _inverse_root_eigh(gram):
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = decompositions.eigh(gram)
     floor = gram.shape[-1] * jnp.finfo(gram.dtype).eps
     half = vectors * jnp.maximum(values, floor)[..., None, :] ** -0.25
     z = lift(half, half.mT)
@@ -177,7 +178,7 @@ def _inverse_root_cholesky(gram):
 
 def _svd_pass(y, shifted):
     del shifted
-    u, s, vt = jnp.linalg.svd(y, full_matrices=False)
+    u, s, vt = decompositions.svd(y)
     return lift(u, vt), s[..., -1] ** 2, s[..., 0] ** 2
 
 

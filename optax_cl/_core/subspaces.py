@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, linalg, tasks, trees
+from optax_cl._core import checks, decompositions, linalg, tasks, trees
 from optax_cl._core.matrices import MatrixView, ViewRule, to_matrix
 
 OVERSAMPLE = 8  # extra columns of the randomized sketch
@@ -113,7 +113,7 @@ def sketch_matrix(basis: chex.Array) -> chex.Array:
     """
     shape = (*basis.shape[:-1], _sketch_width(basis))
     draw = jax.random.normal(jax.random.key(0), shape, basis.dtype)
-    return jnp.linalg.qr(draw)[0]
+    return decompositions.qr(draw)[0]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_cl._core import checks, trees
+from optax_cl._core import checks, decompositions, trees
 from optax_cl._core.linalg import PRECISION
 from optax_cl.lora._adapters import Adapters, LoRA, Target, Targets, product, unmerge
 
@@ -111,7 +111,7 @@ def singular_vectors(
     if svd == "randomized" or (svd == "auto" and smaller > _EXACT_UP_TO):
         left, s, right = _randomized(scaled, min(2 * k, smaller), key)
     else:
-        left, s, right = jnp.linalg.svd(scaled, full_matrices=False)
+        left, s, right = decompositions.svd(scaled)
     left, s, right = left[..., :k], s[..., :k], right[..., :k, :]
     largest = jnp.argmax(jnp.abs(left), axis=-2, keepdims=True)
     sign = jnp.sign(jnp.take_along_axis(left, largest, axis=-2))
@@ -280,11 +280,11 @@ def _randomized(matrix, width, key):
     transposed = jnp.swapaxes(matrix, -1, -2)
     shape = (*matrix.shape[:-2], matrix.shape[-1], width)
     test = jax.random.normal(key, shape, matrix.dtype)
-    basis, _ = jnp.linalg.qr(times(matrix, test))
+    basis, _ = decompositions.qr(times(matrix, test))
     for _ in range(_POWER_ITERATIONS):
         # Orthonormal in between, or all columns would turn to the leading vector.
-        other, _ = jnp.linalg.qr(times(transposed, basis))
-        basis, _ = jnp.linalg.qr(times(matrix, other))
+        other, _ = decompositions.qr(times(transposed, basis))
+        basis, _ = decompositions.qr(times(matrix, other))
     small = times(jnp.swapaxes(basis, -1, -2), matrix)
-    left, s, right = jnp.linalg.svd(small, full_matrices=False)
+    left, s, right = decompositions.svd(small)
     return times(basis, left), s, right

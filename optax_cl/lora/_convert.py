@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from optax_cl._core import decompositions
 from optax_cl._core.linalg import PRECISION
 from optax_cl.lora._adapters import (
     Adapters,
@@ -127,10 +128,10 @@ def _to_spectral(adapter):
     if isinstance(adapter, Spectral):
         return adapter
     wide = jnp.promote_types(jnp.result_type(*adapter), jnp.float32)
-    q_a, r_a = jnp.linalg.qr(adapter.a.astype(wide))
-    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(adapter.b, -1, -2).astype(wide))
+    q_a, r_a = decompositions.qr(adapter.a.astype(wide))
+    q_b, r_b = decompositions.qr(jnp.swapaxes(adapter.b, -1, -2).astype(wide))
     core = jnp.matmul(r_a, jnp.swapaxes(r_b, -1, -2), precision=PRECISION)
-    x, s, yt = jnp.linalg.svd(core, full_matrices=False)
+    x, s, yt = decompositions.svd(core)
     v = jnp.matmul(q_a, x, precision=PRECISION)
     u = jnp.matmul(q_b, jnp.swapaxes(yt, -1, -2), precision=PRECISION)
     largest = jnp.argmax(jnp.abs(v), axis=-2, keepdims=True)

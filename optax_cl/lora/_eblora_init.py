@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cl._core import checks
+from optax_cl._core import checks, decompositions
 from optax_cl.lora import stiefel
 from optax_cl.lora._adapters import Spectral, Targets
 from optax_cl.lora._memory import off_memory
@@ -142,7 +142,7 @@ def _directions(gradient, basis, rank):
     size = jnp.max(jnp.abs(gradient), axis=(-2, -1), keepdims=True)
     gradient = gradient / jnp.where(size > 0, size, 1)
     rest = off_memory(off_memory(gradient, basis), basis)
-    left, singular, right = jnp.linalg.svd(rest, full_matrices=False)
+    left, singular, right = decompositions.svd(rest)
     norm = jnp.sqrt(jnp.sum(gradient**2, axis=(-2, -1)))[..., None]
     noise = norm * gradient.shape[-2] * jnp.finfo(jnp.float32).eps
     keep = (singular > noise)[..., None, :rank]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cl._core import decompositions
 from optax_cl.lora import _memory
 from optax_cl.lora._adapters import Adapters, LoRA, Targets
 
@@ -91,7 +92,7 @@ def _leading_off(memory: chex.Array, f: chex.Array, r: int) -> chex.Array:
     # Only directions matter, and squares of a small gradient would underflow.
     size = jnp.max(jnp.abs(f), axis=(-2, -1), keepdims=True)
     f = f / jnp.where(size > 0, size, 1)
-    vectors, singular, _ = jnp.linalg.svd(_off(f, memory), full_matrices=False)
+    vectors, singular, _ = decompositions.svd(_off(f, memory))
     floor = jnp.linalg.norm(f, axis=(-2, -1)) * f.shape[-2] * jnp.finfo(f.dtype).eps
     found = min(r, vectors.shape[-1])
     keep = (singular > floor[..., None])[..., :found]
@@ -100,7 +101,7 @@ def _leading_off(memory: chex.Array, f: chex.Array, r: int) -> chex.Array:
     vectors = jnp.pad(vectors[..., :found], [(0, 0), *missing])
     # Gram and Schmidt leave the first columns, which are orthonormal, as they are.
     drawn = jax.random.normal(jax.random.key(0), vectors.shape, vectors.dtype)
-    q, upper = jnp.linalg.qr(_off(jnp.where(keep, vectors, drawn), memory))
+    q, upper = decompositions.qr(_off(jnp.where(keep, vectors, drawn), memory))
     signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
     # Off the memory once more: random columns had most of their length taken out.
     return _memory.off_memory(q * signs[..., None, :], memory)

@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_cl._core import checks
+from optax_cl._core import checks, decompositions
 from optax_cl.lora._absorb import Start, factor_dtype, per_target
 from optax_cl.lora._adapters import LoRA, Targets, kernels
 
@@ -76,7 +76,7 @@ def orthogonal_init(
     """
 
     def orthonormal(key, shape, dtype):
-        q, r = jnp.linalg.qr(jax.random.normal(key, shape, dtype))
+        q, r = decompositions.qr(jax.random.normal(key, shape, dtype))
         # Without these signs the law of Q depends on how it was computed.
         signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
         return q * signs[..., None, :].astype(dtype)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, linalg, orthonormal, tasks
+from optax_cl._core import checks, decompositions, linalg, orthonormal, tasks
 from optax_cl.lora._adapters import Targets, kernels, replace_kernels
 
 STATISTICS = ("mean", "batches")
@@ -188,7 +188,7 @@ def _missing(memory, gradient, threshold):
     covered = jnp.sum(linalg.coefficients(memory, gradient) ** 2, axis=(-2, -1))
     # Twice, since one projection leaves rounding of the size of G, not of R.
     rest = off_memory(off_memory(gradient, memory), memory)
-    vectors, singular, _ = jnp.linalg.svd(rest, full_matrices=False)
+    vectors, singular, _ = decompositions.svd(rest)
     energy = singular**2
     before = covered[..., None] + linalg.energy_before(energy)
     noise = jnp.sqrt(total) * gradient.shape[-2] * jnp.finfo(energy.dtype).eps
@@ -205,7 +205,7 @@ def off_memory(matrix: chex.Array, memory: chex.Array) -> chex.Array:
 
 def factor(gram: chex.Array) -> chex.Array:
     """F with ``F F^T = gram``, ``[*batch, in, in]``; zero where that is rounding."""
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = decompositions.eigh(gram)
     # Below this an eigenvalue is rounding of the sum, and its root would not be small.
     noise = 4 * jnp.sqrt(float(gram.shape[-1])) * jnp.finfo(gram.dtype).eps
     keep = values > noise * values[..., -1:]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_cl._core import checks, importance, linalg, tasks, trees
+from optax_cl._core import checks, decompositions, importance, linalg, tasks, trees
 from optax_cl.lora import _factors, _rows
 
 
@@ -174,7 +174,7 @@ def _orthonormal(rows: chex.Array) -> chex.Array:
     length = jnp.linalg.norm(rows, axis=-2, keepdims=True)
     # Unit columns: what counts as dependent must not hang on the tasks' sizes.
     unit = rows / jnp.where(length > 0, length, 1.0)
-    vectors, singular, _ = jnp.linalg.svd(unit, full_matrices=False)
+    vectors, singular, _ = decompositions.svd(unit)
     floor = max(rows.shape[-2:]) * jnp.finfo(rows.dtype).eps
     keep = singular > floor * jnp.max(singular, axis=-1, keepdims=True)
     return vectors * keep[..., None, :]

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_cl._core import checks
+from optax_cl._core import checks, decompositions
 from optax_cl._core.linalg import PRECISION
 
 
@@ -207,7 +207,7 @@ def mahalanobis(prototypes: Prototypes, shrinkage: chex.Numeric = 0.1) -> Router
     checks.check_number("shrinkage", shrinkage, low=0.0, high=1.0)
     dim = prototypes.scatter.shape[-1]
     number = jnp.maximum(jnp.sum(prototypes.count), 1)
-    values, vectors = jnp.linalg.eigh(prototypes.scatter / number)
+    values, vectors = decompositions.eigh(prototypes.scatter / number)
     values = jnp.maximum(values, 0.0)
     values = (1 - shrinkage) * values + shrinkage * jnp.mean(values)
     largest = jnp.max(values)

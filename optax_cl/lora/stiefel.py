@@ -25,7 +25,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_cl._core import checks
+from optax_cl._core import checks, decompositions
 from optax_cl._core.linalg import coefficients, lift
 from optax_cl._core.orthonormal import identity, off_memory, orthonormalize
 
@@ -322,7 +322,7 @@ def _cayley(x, xi):
     skew = (inner - inner.mT) / 2
     k = xi - lift(x, inner)
     system = identity(x) - skew / 2 + coefficients(k, k) / 4
-    return lift(2 * x + k, jnp.linalg.inv(system)) - x
+    return lift(2 * x + k, decompositions.inv(system)) - x
 
 
 def _widen(x, z, memory):
