@@ -126,7 +126,10 @@ def encode(
     for i, task in enumerate(tasks):
         first = [tokenizer.encode(f" {word}").ids[0] for word in task.answers]
         if len(set(first)) < len(first):
-            raise ValueError(f"two answers of {task.name} start with the same token.")
+            raise ValueError(
+                f"two answers of {task.name} start with the same token: "
+                f"{', '.join(task.answers)}. Leave the task out."
+            )
         words[i, : len(first)] = first
     asked = 1 if all(task.answers for task in tasks) else answer.tokens
     parts = []

@@ -283,14 +283,13 @@ class _Bench(NamedTuple):
     def data(self, name, tasks, train, test):
         """Settings and arrays of some tasks, at the pre-trained weights."""
         size, whole = self.size, self.model.config
-        words, *parts = text.encode(
-            tasks,
-            self.model.tokenizer,
-            size["length"],
-            train,
-            test,
-            form := free.Answer(size["answer"], self.model.stop),
-        )
+        form = free.Answer(size["answer"], self.model.stop)
+        try:
+            words, *parts = text.encode(
+                tasks, self.model.tokenizer, size["length"], train, test, form
+            )
+        except ValueError as error:
+            raise run_folder.RunError(str(error)) from error
         last, params = llama.last_layers(whole, self.model.params, size["layers"])
         pattern = _ALL if self.config.size == "full" else _ATTENTION
         settings = text.Settings(
