@@ -329,12 +329,25 @@ def answer_losses(
     adapters: Any,
 ) -> chex.Array:
     """Nats per token asked for, of each example."""
+    losses = token_losses(settings, data, params, batch, targets, adapters)
+    asked = (batch.target >= 0).sum(-1)
+    return losses.sum(-1) / jnp.maximum(asked, 1)
+
+
+def token_losses(
+    settings: Settings,
+    data: Data,
+    params: Any,
+    batch: Examples,
+    targets: Any,
+    adapters: Any,
+) -> chex.Array:
+    """Nats of each token asked for, ``[B, asked]``; zero where there is none."""
     whole, hidden = _features(settings, data, params, batch, targets, adapters)
-    asked = batch.target >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(
         llama.unembed(whole, hidden), jnp.maximum(batch.target, 0)
     )
-    return (losses * asked).sum(-1) / jnp.maximum(asked.sum(-1), 1)
+    return losses * (batch.target >= 0)
 
 
 def _features(settings, data, params, batch, targets, adapters):

@@ -1,9 +1,12 @@
 """Pairs of yes-no questions whose gradients conflict, for the stream ``"mined"``.
 
 At pre-trained weights the gradients of all such questions say the same first: answer
-yes or no. So the adapted kernels first learn this *format*, from right questions with
-answers drawn at random, anew in each step: there is nothing else in them to learn.
-After that a mean gradient tells what a question asks.
+yes or no. So the adapted kernels first learn this *format*: to answer every question
+with even odds, which is what answers drawn at random teach in the mean. No right answer
+is used, so there is nothing else to learn. After that a mean gradient, over as many
+texts to be answered yes as no, tells what a question asks. Where odds are not even, it
+tells this instead: a question that the model affirms too often then "conflicts" with
+one that it denies too often, whatever they are about.
 """
 
 from typing import Any, NamedTuple
@@ -61,33 +64,31 @@ def yes_no_pool(tasks: tuple[TextTask, ...]) -> tuple[TextTask, ...]:
 def warm_up(
     settings: text.Settings, data: text.Data, steps: int, rate: float, seed: int = 0
 ) -> tuple[Any, np.ndarray]:
-    """The adapted kernels once they answer yes or no, whatever is asked.
+    """The adapted kernels once they answer yes or no with even odds.
 
     Args:
       settings: Of the bench.
       data: The pool of questions as tasks.
       steps: Steps of Adam on the kernels themselves.
-      rate: Its learning rate.
-      seed: Of batches and answers.
+      rate: Its learning rate at the start; it falls to zero along a cosine.
+      seed: Of the batches.
 
     Returns:
       The kernels, and the loss of each step; log 2 is all that can be had.
     """
-    tx = optax.adam(rate)
+    tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
     tasks, count = data.train.answer.shape
 
     def step(carry, index):
         params, state, data = carry
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        task, example, word = (
-            jax.random.randint(k, [settings.batch], 0, high)
-            for k, high in zip(jax.random.split(key, 3), (tasks, count, 2), strict=True)
-        )
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+        task = jax.random.randint(keys[0], [settings.batch], 0, tasks)
+        example = jax.random.randint(keys[1], [settings.batch], 0, count)
         batch = jax.tree.map(lambda x: x[task, example], data.train)
-        batch = batch._replace(target=data.words[task, word][:, None])
 
         def loss(params):
-            return text.answer_losses(settings, data, params, batch, None, None).mean()
+            each = _word_losses(settings, data, params, batch, data.words[task, :2])
+            return each.mean()
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = tx.update(gradient, state, params)
@@ -103,29 +104,27 @@ def warm_up(
     return params, np.asarray(losses)
 
 
+def _word_losses(settings, data, params, batch, words):
+    """Loss of each example if it asked for each of two words ``[B, 2]``, as ``[B, 2]``.
+
+    The words are asked for at one place, as two targets of it.
+    """
+    both = batch._replace(where=jnp.repeat(batch.where[:, :1], 2, axis=1), target=words)
+    return text.token_losses(settings, data, params, both, None, None)
+
+
 def odds(settings: text.Settings, data: text.Data) -> Odds:
     """How the model answers the questions about its training texts."""
 
     @jax.jit
     def ask(data, task):
         batch = jax.tree.map(lambda x: x[task], data.train)
-        # The log-probability of each word, as the loss of the examples that ask for it.
-        words = jnp.stack(
-            [
-                -text.answer_losses(
-                    settings,
-                    data,
-                    data.adapted,
-                    batch._replace(target=jnp.full_like(batch.target, word)),
-                    None,
-                    None,
-                )
-                for word in data.words[task][:2]
-            ]
-        )
-        both = jax.nn.logsumexp(words, axis=0)
-        right = (words.argmax(0) == batch.answer).mean()
-        return Odds(jnp.exp(both).mean(), jnp.exp(words[1] - both).mean(), right)
+        words = jnp.tile(data.words[task, :2], [len(batch.answer), 1])
+        scores = -_word_losses(settings, data, data.adapted, batch, words)
+        both = jax.nn.logsumexp(scores, axis=1)
+        right = (scores.argmax(1) == batch.answer).mean()
+        yes = jnp.exp(scores[:, 1] - both).mean()
+        return Odds(jnp.exp(both).mean(), yes, right)
 
     data = jax.tree.map(jnp.asarray, data)
     found = [ask(data, jnp.int32(task)) for task in range(len(data.words))]
@@ -150,21 +149,21 @@ def mine(settings: text.Settings, data: text.Data, examples: int) -> np.ndarray:
     data = jax.tree.map(jnp.asarray, data)
     count = max(1, examples // settings.batch)
 
+    def losses(params, weighted):
+        weight, batch = weighted
+        each = text.answer_losses(settings, data, params, batch, None, None)
+        return weight * each
+
     @jax.jit
     def gradient(data, task):
-        batches = jax.tree.map(
-            lambda x: x[task, : count * settings.batch].reshape(
-                count, -1, *x.shape[2:]
-            ),
-            data.train,
+        batch = jax.tree.map(lambda x: x[task, : count * settings.batch], data.train)
+        # Yes and no count the same, however many there are.
+        same = batch.answer[:, None] == batch.answer[None]
+        weighted = 0.5 / same.mean(1), batch
+        stacked = jax.tree.map(
+            lambda x: x.reshape(count, settings.batch, *x.shape[1:]), weighted
         )
-        return lora.mean_gradients(
-            targets,
-            lambda params, b: text.answer_losses(settings, data, params, b, None, None),
-            data.adapted,
-            batches,
-            stacked=True,
-        )
+        return lora.mean_gradients(targets, losses, data.adapted, stacked, stacked=True)
 
     flat = []
     for task in range(len(data.words)):

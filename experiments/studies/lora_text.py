@@ -16,8 +16,8 @@ do it; ``full`` adapts all kernels of all layers, for a GPU.
 cosine .21 to .28). Here all pairs of a pool of yes-no questions are ranked by the
 cosine of their mean gradients, the lowest are learnt one after the other, and SLICE is
 compared with LoRA-GA. At the pre-trained weights every question's gradient says the
-same first: answer yes or no. So the model learns this format before, from answers drawn
-at random; see ``_lora_text_mining``.
+same first: answer yes or no. So the model learns this format before, with even odds for
+both; see ``_lora_text_mining``.
 
 **Other tasks.** ``--source`` takes a folder or an archive of tasks in the form of
 Super-NaturalInstructions. Free answers are learnt and written token by token; see
@@ -138,7 +138,7 @@ SIZES = {
         "length": 48,
         "batch": 16,
         "steps": 40,
-        "warm": 100,
+        "warm": 300,
         "train": 128,
         "test": 64,
         "answer": 16,
@@ -148,7 +148,7 @@ SIZES = {
         "length": 128,
         "batch": 32,
         "steps": 500,
-        "warm": 200,
+        "warm": 300,
         "train": 1024,
         "test": 512,
         "answer": 50,
@@ -322,7 +322,7 @@ class _Bench(NamedTuple):
     def mined(self, tasks, tuning, reported):
         """The pairs of least cosine after the format was learnt; leaves a record."""
         pool = mining.yes_no_pool(tasks)
-        settings, arrays = self.data("pool", pool, *_fewest(pool, _EXAMPLES, _EXAMPLES))
+        settings, arrays = self.data("pool", pool, *_fewest(pool, _EXAMPLES, 1))
         warm, losses = mining.warm_up(settings, arrays, self.size["warm"], _WARM_RATE)
         record: dict[str, Any] = {
             "names": [task.name for task in pool],
