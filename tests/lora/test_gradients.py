@@ -8,10 +8,7 @@ from flax import nnx
 
 from optax_cl import lora, matrix_views
 from optax_cl.lora import _gradients
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+from tests.arrays import normal
 
 
 def linear_loss(params, batch):

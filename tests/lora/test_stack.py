@@ -8,11 +8,7 @@ import optax
 import pytest
 
 from optax_cl import lora
-
-
-def normal(seed, *shape, dtype=jnp.float32):
-    # From NumPy: JAX would compile a generator for every shape.
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+from tests.arrays import normal
 
 
 def adapters(seed, dtype=jnp.float32):

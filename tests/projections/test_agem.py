@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 
 import optax_cl
 from optax_cl.projections import AgemState, agem, reset_reference
+from tests.arrays import normal
 
 SEEDS = st.integers(0, 2**31 - 1)
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def stream(seed, steps=60, size=12):
