@@ -10,6 +10,7 @@ Accelerators get the whole stack.
 Values are those of ``jax.numpy.linalg``, and so are derivatives.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,18 +19,26 @@ import jax
 import jax.numpy as jnp
 
 
-def _one_by_one(decompose: Callable[[chex.Array], Any]) -> Callable[..., Any]:
+def one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of matrices, ``[..., m, n]`` each, that a CPU calls for one at a time.
+
+    Args:
+      decompose: Takes arrays with equal leading axes, or with none.
+
+    Returns:
+      A function with the same arguments and results.
+    """
     single = jax.custom_batching.sequential_vmap(decompose)
 
-    def on_cpu(stack):
+    def on_cpu(*stacks):
         function = single
-        for _ in range(stack.ndim - 2):
+        for _ in range(stacks[0].ndim - 2):
             function = jax.vmap(function)
-        return function(stack)
+        return function(*stacks)
 
     @jax.custom_jvp
-    def on_any(stack):
-        return jax.lax.platform_dependent(stack, cpu=on_cpu, default=decompose)
+    def on_any(*stacks):
+        return jax.lax.platform_dependent(*stacks, cpu=on_cpu, default=decompose)
 
     # A function that is mapped one by one has no derivative of its own.
     @on_any.defjvp
@@ -39,10 +48,14 @@ def _one_by_one(decompose: Callable[[chex.Array], Any]) -> Callable[..., Any]:
     return on_any
 
 
-_svd = _one_by_one(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)))
-_eigh = _one_by_one(lambda x: tuple(jnp.linalg.eigh(x)))
-_qr = _one_by_one(lambda x: tuple(jnp.linalg.qr(x)))
-_inv = _one_by_one(jnp.linalg.inv)
+_svd = one_by_one(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)))
+_eigh = one_by_one(lambda x: tuple(jnp.linalg.eigh(x)))
+_qr = one_by_one(lambda x: tuple(jnp.linalg.qr(x)))
+_inv = one_by_one(jnp.linalg.inv)
+_cholesky = one_by_one(jnp.linalg.cholesky)
+_solve_lower = one_by_one(
+    functools.partial(jax.lax.linalg.triangular_solve, left_side=True, lower=True)
+)
 
 
 def svd(x: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
@@ -63,3 +76,13 @@ def qr(x: chex.Array) -> tuple[chex.Array, chex.Array]:
 def inv(x: chex.Array) -> chex.Array:
     """The inverse, ``[..., n, n]``."""
     return _inv(x)
+
+
+def cholesky(x: chex.Array) -> chex.Array:
+    """The lower triangular L with ``x = L L^T``, ``[..., n, n]``."""
+    return _cholesky(x)
+
+
+def solve_lower(lower: chex.Array, x: chex.Array) -> chex.Array:
+    """``L^-1 x``: ``[..., n, n], [..., n, m] -> [..., n, m]``."""
+    return _solve_lower(lower, x)

@@ -90,11 +90,8 @@ def nystrom_factor(sketch: chex.Array, test: chex.Array) -> chex.Array:
     core = (core + jnp.swapaxes(core, -1, -2)) / 2
     m = core.shape[-1]
     safe = jnp.where(norm > 0, core, jnp.eye(m, dtype=core.dtype))
-    cholesky = jnp.linalg.cholesky(safe)
-    factor = jax.scipy.linalg.solve_triangular(
-        cholesky, jnp.swapaxes(shifted, -1, -2), lower=True
-    )
-    factor = jnp.swapaxes(factor, -1, -2)
+    lower = decompositions.cholesky(safe)
+    factor = decompositions.solve_lower(lower, shifted.mT).mT
     u, s, _ = decompositions.svd(factor)
     s = jnp.sqrt(jnp.maximum(s**2 - shift[..., 0], 0.0))
     return jnp.where(norm > 0, u * s[..., None, :], 0.0)

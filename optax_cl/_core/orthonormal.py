@@ -167,13 +167,9 @@ def _inverse_root_newton_schulz(gram):
 
 
 def _inverse_root_cholesky(gram):
-    lower = jnp.linalg.cholesky(gram)
-    return jax.lax.linalg.triangular_solve(
-        lower,
-        jnp.broadcast_to(identity(gram), gram.shape),
-        left_side=True,
-        lower=True,
-    ).mT
+    lower = decompositions.cholesky(gram)
+    eye = jnp.broadcast_to(identity(gram), gram.shape)
+    return decompositions.solve_lower(lower, eye).mT
 
 
 def _svd_pass(y, shifted):

@@ -9,6 +9,15 @@ import pytest
 
 from optax_cl._core import decompositions
 
+
+def _positive(x):
+    return x @ x.mT + jnp.broadcast_to(jnp.eye(5), (*x.shape[:-2], 5, 5))
+
+
+def _steep(x):
+    return x[..., 1:, :] + 3 * jnp.broadcast_to(jnp.eye(4), (*x.shape[:-2], 4, 4))
+
+
 FUNCTIONS = {
     "svd": (
         decompositions.svd,
@@ -22,6 +31,14 @@ FUNCTIONS = {
     "inv": (
         lambda x: decompositions.inv(x[..., :3, :3]),
         lambda x: jnp.linalg.inv(x[..., :3, :3]),
+    ),
+    "cholesky": (
+        lambda x: decompositions.cholesky(_positive(x)),
+        lambda x: jnp.linalg.cholesky(_positive(x)),
+    ),
+    "solve_lower": (
+        lambda x: decompositions.solve_lower(_steep(x), x.mT),
+        lambda x: jax.scipy.linalg.solve_triangular(_steep(x), x.mT, lower=True),
     ),
 }
 
