@@ -149,13 +149,13 @@ def mine(settings: text.Settings, data: text.Data, examples: int) -> np.ndarray:
     data = jax.tree.map(jnp.asarray, data)
     count = max(1, examples // settings.batch)
 
-    def losses(params, weighted):
-        weight, batch = weighted
-        each = text.answer_losses(settings, data, params, batch, None, None)
-        return weight * each
-
     @jax.jit
     def gradient(data, task):
+        def losses(params, weighted):
+            weight, batch = weighted
+            each = text.answer_losses(settings, data, params, batch, None, None)
+            return weight * each
+
         batch = jax.tree.map(lambda x: x[task, : count * settings.batch], data.train)
         # Yes and no count the same, however many there are.
         same = batch.answer[:, None] == batch.answer[None]
