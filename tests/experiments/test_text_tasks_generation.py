@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from experiments import data, engine, run_folder
 from experiments.data import TextTask
@@ -32,21 +33,47 @@ def decode(ids):
     return " ".join(VOCABULARY[i] for i in ids)
 
 
-def test_answers_are_those_to_each_prompt_alone():
+@pytest.fixture(scope="module")
+def given():
+    """What ``write`` takes: a trunk of one layer, 19 prompts, and the layers above."""
     params = llama.init(CONFIG, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), [19, 7], 0, CONFIG.vocabulary)
     last = jnp.arange(19) % 6 + 1
     first = jax.tree.map(lambda x: x[:1], params["layers"])
     own = jax.tree.map(lambda x: x[1:], params["layers"])
-    config = dataclasses.replace(CONFIG, layers=CONFIG.layers - 1)
     writer = free.Writer(first, tokens[None], last[None], jnp.array([17]))
-    write = jax.jit(partial(free.write, config, form=free.Answer(4, STOP)))
-    found = write(writer, task=0, params={**params, "layers": own})
+    return {"writer": writer, "task": 0, "params": {**params, "layers": own}}
+
+
+WRITE = jax.jit(
+    partial(
+        free.write,
+        dataclasses.replace(CONFIG, layers=CONFIG.layers - 1),
+        form=free.Answer(4, STOP),
+    )
+)
+
+
+def test_answers_are_those_to_each_prompt_alone(given):
+    found = WRITE(**given)
     assert found.shape == (19, 4)
+    params = llama.init(CONFIG, jax.random.key(0))
     for row in (0, 16):
-        prompt = tokens[row : row + 1, : last[row] + 1]
+        last = given["writer"].last[0, row]
+        prompt = given["writer"].prompts[0, row : row + 1, : last + 1]
         alone = generation.generate(CONFIG, params, prompt, 4, stop=STOP)
         np.testing.assert_array_equal(found[row], alone[0])
+
+
+def test_texts_that_no_answer_is_wanted_for_cost_nothing(given):
+    writer = given["writer"]._replace(rows=jnp.array([16]))
+    found = WRITE(**{**given, "writer": writer})
+    assert found[:16].any(axis=1).all()
+    np.testing.assert_array_equal(found[16:], 0)
+
+
+def test_writing_compiles_for_cuda_and_tpu(given):
+    export.export(WRITE, platforms=["cuda", "tpu"])(**given)
 
 
 def test_prompts_are_moved_to_the_end_and_what_follows_them_is_masked():
