@@ -175,7 +175,7 @@ def scores(
 
 def record(
     folder: Path,
-    programs: Sequence[str],
+    programs: Programs,
     tasks: Sequence[TextTask],
     order: np.ndarray,
     form: Answer,
@@ -187,7 +187,7 @@ def record(
 
     Args:
       folder: The run folder.
-      programs: Names of the finished programs.
+      programs: Each finished program's (arm, stream) pairs.
       tasks: All tasks, with the rows that were taken in the order in which they were.
       order: int ``[seeds, T]``, each seed's tasks.
       form: The form of free answers.
@@ -195,13 +195,16 @@ def record(
     """
     decode = partial(text_of, model.tokenizer, form.stop)
     right = [[] if t.answers else [row[1] for row in t.test] for t in tasks]
-    shown = []
+    shown, by = [], ""
     if any(right):
-        for program in programs:
+        for program, pairs in programs.items():
             written = run_folder.load_program(folder, program)["evaluate/written"]
             found = {"rouge": scores(written, order, right, decode)}
             run_folder.save_arrays(folder / "raw" / f"{program}-rouge.npz", found)
-            shown = shown or examples(written[-1], order[-1], tasks, decode)
+            if not shown:
+                # The first lanes are one arm's at the first rate, seed by seed.
+                lane, by = len(order) - 1, pairs[0][0].name
+                shown = examples(written[lane], order[lane], tasks, decode)
     listed = [
         (
             task.name,
@@ -212,7 +215,8 @@ def record(
         )
         for task in tasks
     ]
-    run_folder.write_json(folder / "tasks.json", {"tasks": listed, "examples": shown})
+    told = {"tasks": listed, "examples": shown, "by": by}
+    run_folder.write_json(folder / "tasks.json", told)
 
 
 def examples(
@@ -279,7 +283,7 @@ def tables(folder: Path, of: dict[str, ArmResults]) -> list[Table]:
         "What is written about one text",
         ("task", "text ends", "right", "before", "after its task", "at the end"),
         found["examples"],
-        "Of the last arm and order that were run first.",
+        f"By {found['by']} at the first of its learning rates, in the last order.",
     )
     return [tasks, *([shown] if found["examples"] else []), published_table(of)]
 

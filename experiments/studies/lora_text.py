@@ -251,7 +251,9 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
                     chunk_steps=max(1, size["steps"] // 4),
                 )
         if stream == "sequence":
-            own = [name for name, pairs in chosen.items() if pairs[0][1] == stream]
+            own = {
+                name: pairs for name, pairs in chosen.items() if pairs[0][1] == stream
+            }
             taken = [
                 task._replace(
                     train=text.chosen(task.train, size["train"]),
