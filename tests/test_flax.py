@@ -218,3 +218,31 @@ def test_equinox_style_tree_with_none_leaves():
 
 def _is_key(x):
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def test_edited_states_of_an_nnx_optimizer_serve_on():
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    tx = optax_cl.decoupled_adamw(
+        0.1, modifiers=[optax_cl.ewc(1.0, anchors="separate", capacity=1)]
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    task = optax_cl.flax.classification(model, lambda m, b: m(b[0]), lambda b: b[1])
+    batches = [(jnp.ones((2, 4)), jnp.array([0, 1]))]
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(
+            model, nnx.grad(lambda m: (m(batches[0][0]) ** 2).mean())(model)
+        )
+
+    for room in (1, 2):
+        optimizer.opt_state = nnx.data(optax_cl.grow(optimizer.opt_state, room))
+        step(model, optimizer)
+        statistics = optax_cl.flax.collect(
+            optimizer, model, batches, task=task, key=jax.random.key(0)
+        )
+        optax_cl.flax.end_task(optimizer, model, statistics)
+        optimizer.opt_state = nnx.data(optax_cl.reset_state(optimizer.opt_state))
+        assert optax.tree.get(optimizer.opt_state, "nu")["kernel"][...].max() == 0
+    step(model, optimizer)
+    assert optax_cl.describe(optimizer.opt_state)[0].left == 0

@@ -8,7 +8,7 @@ from flax import nnx
 
 import optax_cl
 import optax_cl.flax
-from optax_cl import lora, penalties
+from optax_cl import lora, penalties, replay
 
 KEY = jax.random.key(0)
 TASK = optax_cl.classification(
@@ -283,3 +283,18 @@ def test_eblora_refuses_what_it_would_not_act_on(params, message):
 def test_what_is_given_in_place_of_an_adapters_argument_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- Replay --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda buffer: replay.reservoir_add(buffer, X[:, :2], 0),
+        lambda buffer: replay.reservoir_sample(buffer, 0, 2),
+    ],
+)
+def test_a_reservoir_refuses_a_seed_in_place_of_a_key(call):
+    with pytest.raises(TypeError, match="`key` must be a PRNG key"):
+        call(replay.reservoir_init(3, jnp.zeros(2)))

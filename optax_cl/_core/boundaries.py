@@ -209,7 +209,8 @@ def map_moments(function, tree, first_only=False, reset_count=False):
         fields = first if first_only else first + other
         new = {f: function(getattr(state, f)) for f in fields}
         if reset_count and "count" in state._fields:
-            new["count"] = jnp.zeros_like(state.count)
+            # A map, since the count may be held by a variable, as NNX has it.
+            new["count"] = jax.tree.map(jnp.zeros_like, state.count)
         return state._replace(**new)
 
     return map_states(visit, tree, has_moments)

@@ -91,7 +91,8 @@ def reservoir_add(
 
     Raises:
       ValueError: If structures or shapes don't match.
-      TypeError: If a dtype differs from the buffer's, or the mask is not boolean.
+      TypeError: If a dtype differs from the buffer's, the mask is not boolean, or
+        ``key`` is no key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -118,6 +119,7 @@ def reservoir_add(
       Vitter, `Random Sampling with a Reservoir
       <https://dl.acm.org/doi/10.1145/3147.3165>`_, 1985
     """
+    checks.check_key("key", key)
     batch = jax.tree.map(jnp.asarray, batch)
     size = _check_batch(buffer, batch)
     if mask is None:
@@ -182,6 +184,7 @@ def reservoir_sample(
       (4, 2) [0. 0. 0. 0.]
     """
     checks.check_positive_int("batch_size", batch_size)
+    checks.check_key("key", key)
     filled = jnp.minimum(buffer.seen, _capacity(buffer))
     slots = jax.random.randint(key, [batch_size], 0, jnp.maximum(filled, 1), jnp.int32)
     batch = jax.tree.map(lambda x: x[slots], buffer.items)
