@@ -11,11 +11,17 @@ from typing import Any
 
 import chex
 import jax
-from flax import nnx
 
 from optax_cl import lora
 from optax_cl._core import checks, tasks
 from optax_cl._core.matrices import MatrixView
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError(
+        "`optax_cl.flax` needs Flax: pip install 'optax-cl[flax]'."
+    ) from error
 
 
 def classification(

@@ -1,5 +1,8 @@
 """What is easily got wrong is refused, by the name of what is wrong."""
 
+import importlib
+import sys
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -170,6 +173,13 @@ def test_multi_steps_refuses_a_number_that_never_steps(k):
 def nnx_pair():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     return nnx.Optimizer(model, ewc(), wrt=nnx.Param), model
+
+
+def test_without_flax_its_face_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flax", None)
+    monkeypatch.delitem(sys.modules, "optax_cl.flax")
+    with pytest.raises(ImportError, match=r"pip install 'optax-cl\[flax\]'"):
+        importlib.import_module("optax_cl.flax")
 
 
 def test_nnx_optimizer_and_model_swapped_are_refused():

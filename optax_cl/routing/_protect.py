@@ -62,9 +62,10 @@ def protect(
        U_{k-1}^T + \frac{\sum_b G_b G_b^T}{\mathrm{tr} \sum_b G_b G_b^T} \right)
 
     with one term for each batch b that ``collect`` reads, :math:`G_b` the gradient of
-    its summed loss. Where that is zero or not finite, U stays. The wrapper captures the
-    raw gradient (it is a ``capture_raw``) and binds the extra argument ``basis``; the
-    links are applied in order, as in ``optax.chain``:
+    its summed loss. Where that is zero or not finite, U stays; where parameters are not
+    finite, all that is stored of their leaf. The wrapper captures the raw gradient (it
+    is a ``capture_raw``) and binds the extra argument ``basis``; the links are applied
+    in order, as in ``optax.chain``:
 
         tx = protect(32, attenuate(balance()), scale_by_decoupled_adam(), project())
 
