@@ -368,10 +368,13 @@ def report(folder: Path):
         name: [size["layers"] * index + layer for layer in range(size["layers"])]
         for index, name in enumerate(sorted(kernels))
     }
+    base_note = "General loss: nats per token on text of no task, at the end."
+    if config.source != "text6":
+        base_note += " Accuracy is Rouge-L for tasks with free answers."
     words = reporting.Words(
         streams=_STREAM_WORDS,
         base="general loss",
-        base_note="General loss: nats per token on text of no task, at the end.",
+        base_note=base_note,
         groups=groups,
         base_higher=False,
     )
