@@ -184,6 +184,9 @@ def make_devices(count: int | None) -> None:
     Raises:
       UsageError: if a number is asked for that cannot be had any more.
     """
+    # Devices decompose matrices side by side; LAPACK's own threads would spin for each
+    # other. It reads this when it is loaded, which JAX does at the first decomposition.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import jax
 
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -191,12 +194,6 @@ def make_devices(count: int | None) -> None:
         if not forced:
             cores = len(os.sched_getaffinity(0))
             jax.config.update("jax_num_cpu_devices", count or cores)
-            # XLA sizes the pool of threads that all devices share by this variable. In
-            # jaxlib 0.10 a batched decomposition (SVD, QR, ...) holds one of them while
-            # it waits for others, so a pool of one thread per core can wait for itself
-            # for ever. Spare threads sleep. The size also decides how sums are split,
-            # and so the last bits: hence a fixed number rather than the user's.
-            os.environ["NPROC"] = str(max(64, 2 * cores))
     except RuntimeError:
         # JAX has its devices already, as in a program that calls `main`.
         forced = True

@@ -239,8 +239,8 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     return {
         "versions": versions,
-        # What XLA sized its threads by; it can move the last bits (see `cli`).
-        "threads": os.environ.get("NPROC", "default"),
+        # What XLA splits sums by on a CPU: it can move the last bits.
+        "threads": int(os.environ.get("NPROC") or len(os.sched_getaffinity(0))),
         "platform": jax.default_backend(),
         "device_count": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
