@@ -252,6 +252,7 @@ def test_a_tiny_model_learns_a_free_answer_from_a_folder(name, tmp_path, monkeyp
     np.testing.assert_allclose(found["final"], matrix[:, -1].mean(-1))
 
     tables = {table.name: table for table in lora_text.report(folder).tables}
+    assert "Rouge-L" in tables["methods-sequence"].note
     kinds = [row[:4] for row in tables["tasks"].rows]
     assert kinds == [["text", "free text", 10, 10], ["words", "one of 2 words", 24, 20]]
     (shown,) = tables["answers"].rows
@@ -260,3 +261,28 @@ def test_a_tiny_model_learns_a_free_answer_from_a_folder(name, tmp_path, monkeyp
     np.testing.assert_allclose(
         tables["published"].rows[0][1][0], 100 * found["final"].mean()
     )
+
+
+def test_pairs_are_not_mined_from_free_answers_alone(tmp_path):
+    source = folder_of_two_tasks(tmp_path)
+    rows = json.loads((tmp_path / "text" / "train.json").read_text())
+    for part in ("train", "test"):
+        (tmp_path / "words" / f"{part}.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="give `--streams sequence`"):
+        lora_text.check(lora_text.Config(source=source))
+
+
+def test_seeds_take_the_published_orders_in_turn():
+    tasks = [TextTask(name, "", (), (), ()) for name in ("agnews", "cb", "mnli")]
+    config = lora_text.Config(order="published", tasks=2)
+    orders = lora_text._orders(config, tasks, (1000, 1001, 1002))
+    np.testing.assert_array_equal(orders, [[2, 1], [2, 1], [2, 1]])
+    tasks.append(TextTask("wic", "", (), (), ()))
+    orders = lora_text._orders(dataclasses.replace(config, tasks=4), tasks, (0, 1, 2))
+    np.testing.assert_array_equal(orders, [[2, 1, 3, 0], [2, 1, 0, 3], [2, 1, 3, 0]])
+
+
+def test_an_order_that_nobody_published_is_refused(tmp_path):
+    source = folder_of_two_tasks(tmp_path)
+    with pytest.raises(ValueError, match="no published order of these tasks"):
+        lora_text.check(lora_text.Config(source=source, order="published"))
