@@ -124,6 +124,35 @@ def test_parameters_of_another_shape_are_refused_with_their_path(make):
         optax_cl.end_task(state, other, collect(state, other, batches))
 
 
+@pytest.mark.parametrize("name", ["loss", "log_prob"])
+def test_a_mean_over_the_batch_is_refused_by_protect(name):
+    # It would count the padding of a ragged last batch as examples.
+    params = make_params()
+    function = getattr(TASK, name)
+    task = TASK._replace(**{name: lambda *args: function(*args).mean()})
+    labels = {"loss": "empirical", "log_prob": "sampled"}[name]
+    state = optax_cl.protect(2, optax_cl.project(), labels=labels).init(params)
+    with pytest.raises(ValueError, match=rf"`task\.{name}` must keep the axis"):
+        collect(state, params, task=task)
+
+
+def test_a_mean_over_the_batch_is_refused_by_a_memory_of_gradients():
+    targets = lora.targets(make_params(), {"w": 1}, alpha=1.0)
+    adapters = lora.eblora_init(targets, {"w": jnp.eye(4, 3)})
+    tx = lora.eblora(optax.adam(0.1), targets=targets, memory_rank=2)
+
+    def mean_loss(both, batch):
+        return TASK.loss(lora.merge(targets, both[1], both[0]), batch).mean()
+
+    with pytest.raises(ValueError, match=r"`task\.loss` must keep the axis"):
+        collect(
+            tx.init(adapters),
+            adapters,
+            task=optax_cl.Task(loss=mean_loss),
+            frozen=make_params(),
+        )
+
+
 # --- Building a chain ----------------------------------------------------------------
 
 

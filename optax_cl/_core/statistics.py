@@ -33,7 +33,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import chex
@@ -227,7 +227,7 @@ def fisher_diagonal(
 def _add_exact(sums: _Sums, data: tasks.PassInput) -> _Sums:
     outputs = tasks.require(data.task, "outputs", "the Fisher estimator 'exact'")
     _check_classes("exact", data)
-    shape = _shape("outputs", outputs, data)
+    shape = result_shape("outputs", outputs, data)
     if len(shape) != 2:
         raise ValueError(
             "the Fisher estimator 'exact' sums over the classes of one label per "
@@ -259,7 +259,7 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
     method = f"the Fisher estimator {estimator!r}"
     if estimator == "empirical":
         loss = tasks.require(data.task, "loss", method)
-        _check_loss(loss, data)
+        check_loss(loss, data)
         items = _items(data)
 
         def log_prob(params, example):
@@ -281,7 +281,7 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
             labels = jnp.argmax(outputs, axis=-1)
         else:
             labels = tasks.require(data.task, "sample_label", method)(outputs, data.key)
-        items = math.prod(_shape("log_prob", of_label, data, labels)[1:])
+        items = math.prod(result_shape("log_prob", of_label, data, labels)[1:])
 
         def log_prob(params, row):
             example, label = row
@@ -301,7 +301,7 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
 
 def _add_batched(sums: _Sums, data: tasks.PassInput) -> _Sums:
     loss = tasks.require(data.task, "loss", "the Fisher estimator 'batched'")
-    _check_loss(loss, data)
+    check_loss(loss, data)
     count = data.weights.sum()
 
     def mean_loss(params):
@@ -336,7 +336,7 @@ def _items(data: tasks.PassInput) -> int:
     labels = _labels(data)
     if labels is None or data.task.log_prob is None:
         return 1
-    return math.prod(_shape("log_prob", data.task.log_prob, data, labels)[1:])
+    return math.prod(result_shape("log_prob", data.task.log_prob, data, labels)[1:])
 
 
 def _check_classes(estimator: str, data: tasks.PassInput) -> None:
@@ -349,15 +349,19 @@ def _check_classes(estimator: str, data: tasks.PassInput) -> None:
         )
 
 
-def _check_loss(loss, data: tasks.PassInput) -> None:
-    if len(shape := _shape("loss", loss, data)) != 1:
+def check_loss(loss: Callable[..., Any], data: tasks.PassInput) -> None:
+    """Raises unless the loss of a batch is one number per example."""
+    if len(shape := result_shape("loss", loss, data)) != 1:
         raise ValueError(
             "`task.loss` must give one number per example, shape [B]; got shape "
             f"{shape}. Take the mean over an example's items."
         )
 
 
-def _shape(name: str, function, data: tasks.PassInput, *args) -> tuple[int, ...]:
+def result_shape(
+    name: str, function: Callable[..., Any], data: tasks.PassInput, *args: Any
+) -> tuple[int, ...]:
+    """The shape of what a task's function gives, refused without its examples' axis."""
     shape = jax.eval_shape(function, data.params, data.batch, *args).shape
     if shape[:1] != data.weights.shape:
         raise ValueError(

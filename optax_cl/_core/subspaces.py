@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, decompositions, linalg, tasks, trees
+from optax_cl._core import checks, decompositions, linalg, statistics, tasks, trees
 from optax_cl._core.matrices import MatrixView, ViewRule, to_matrix
 
 OVERSAMPLE = 8  # extra columns of the randomized sketch
@@ -248,6 +248,7 @@ def batch_gradient(
     task = data.task
     if labels == "empirical":
         loss = tasks.require(task, "loss", "a basis of empirical gradients")
+        statistics.check_loss(loss, data)
         count = data.weights.sum()
 
         def objective(params):
@@ -258,7 +259,7 @@ def batch_gradient(
     outputs = tasks.require(task, "outputs", method)(data.params, data.batch)
     drawn = tasks.require(task, "sample_label", method)(outputs, data.key)
     log_prob = tasks.require(task, "log_prob", method)
-    shape = jax.eval_shape(log_prob, data.params, data.batch, drawn).shape
+    shape = statistics.result_shape("log_prob", log_prob, data, drawn)
     items = 1
     for n in shape[1:]:
         items *= n

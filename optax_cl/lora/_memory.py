@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, decompositions, linalg, orthonormal, tasks
+from optax_cl._core import (
+    checks,
+    decompositions,
+    linalg,
+    orthonormal,
+    statistics,
+    tasks,
+)
 from optax_cl.lora._adapters import Targets, kernels, replace_kernels
 
 STATISTICS = ("mean", "batches")
@@ -120,6 +127,7 @@ def kernel_gradients(targets: Targets, data: tasks.PassInput) -> dict[str, chex.
             "frozen=params, key=key)`, with task functions that take `(adapters, "
             "params)` where they otherwise take parameters."
         )
+    statistics.check_loss(loss, data)
 
     def summed(matrices):
         frozen = replace_kernels(targets, data.frozen, matrices)
