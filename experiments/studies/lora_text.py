@@ -231,7 +231,12 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
     for stream in config.streams:
         bench = _Bench(model, config, size, folder, context.progress.say)
         if stream == "sequence":
-            settings, arrays = bench.data(stream, tasks, size["train"], size["test"])
+            # Of tasks with fewer texts than others, texts come again.
+            counts = (
+                min(size[part], max(len(getattr(task, part)) for task in tasks))
+                for part in ("train", "test")
+            )
+            settings, arrays = bench.data(stream, tasks, *counts)
             arrays = arrays._replace(order=_orders(config, tasks, seeds))
         else:
             settings, arrays = bench.mined(tasks, len(tuning), len(reported))
