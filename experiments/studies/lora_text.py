@@ -117,7 +117,7 @@ class Config:
     tuning: int = field(1, quick=0, minimum=0, help="orders that choose learning rates")
     first_tuning_seed: int = field(0, minimum=0, help="the first of them")
     rates: tuple[float, ...] = field(
-        (3e-3, 1e-2),
+        (1e-3, 3e-3, 1e-2),
         quick=(1e-2,),
         minimum=1e-9,
         help="learning rates; EBLoRA's are ten times these",
@@ -136,7 +136,7 @@ SIZES = {
     "small": {
         "layers": 1,
         "length": 48,
-        "batch": 16,
+        "batch": 8,
         "steps": 40,
         "warm": 300,
         "train": 128,
