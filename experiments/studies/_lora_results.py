@@ -46,10 +46,10 @@ class ArmResults(NamedTuple):
         total = np.maximum(energy.sum(-1), 1e-30)
         steps = matrix.shape[-1]
         return Measures(
-            final=metrics.average_accuracy(matrix),
-            incremental=metrics.average_incremental_accuracy(matrix),
-            learning=metrics.learning_accuracy(matrix),
-            backward=metrics.backward_transfer(matrix),
+            final=np.asarray(metrics.average_accuracy(matrix)),
+            incremental=np.asarray(metrics.average_incremental_accuracy(matrix)),
+            learning=np.asarray(metrics.learning_accuracy(matrix)),
+            backward=np.asarray(metrics.backward_transfer(matrix)),
             forward=np.mean([matrix[:, i, i:].mean(-1) for i in range(1, steps)], 0),
             base=self.base[rate, own, -1],
             top_energy=(energy[..., 0] / total).mean((1, 2)),
