@@ -1,6 +1,9 @@
 """Decompositions of stacks: right, and one matrix at a time on a CPU."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -90,3 +93,25 @@ def test_derivatives_are_those_of_jax(pair, stack):
 
     ours, theirs = map(slope, pair)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_stacks_on_two_devices_do_not_wait_for_each_other():
+    # With `jnp.linalg.svd` this hangs within a few rounds on two cores.
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
+from optax_cl._core import decompositions
+jax.config.update("jax_num_cpu_devices", 2)
+mesh = jax.make_mesh((2,), ("lanes",), axis_types=(AxisType.Auto,))
+def one(seed):
+    x = jax.random.normal(jax.random.key(seed), (12, 4, 32, 32))
+    return [decompositions.svd(x[i])[1] for i in range(12)]
+run = jax.jit(jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=P("lanes"),
+                            out_specs=P("lanes"), check_vma=False))
+for i in range(15):
+    jax.block_until_ready(run(jnp.arange(8) + i))
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=180)

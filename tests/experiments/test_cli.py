@@ -282,29 +282,6 @@ def test_other_versions_are_told_and_allowed(tmp_path):
     assert warning.startswith("jax: '0.0.1' there")
 
 
-def test_batched_decompositions_on_all_devices_do_not_wait_for_themselves():
-    # With one thread per core this hangs within a few rounds on two cores.
-    code = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from experiments import cli
-cli.make_devices(None)
-import jax, jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec as P
-count = jax.device_count()
-mesh = jax.make_mesh((count,), ("lanes",), axis_types=(AxisType.Auto,))
-def one(seed):
-    x = jax.random.normal(jax.random.key(seed), (12, 4, 32, 32))
-    return [jnp.linalg.svd(x[i])[1] for i in range(12)]
-run = jax.jit(jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=P("lanes"),
-                            out_specs=P("lanes"), check_vma=False))
-for i in range(15):
-    jax.block_until_ready(run(jnp.arange(4 * count) + i))
-"""
-    arguments = [sys.executable, "-c", code, str(ROOT)]
-    subprocess.run(arguments, check=True, timeout=180)
-
-
 def test_field_that_cannot_be_a_flag_is_named():
     import argparse
     import dataclasses
