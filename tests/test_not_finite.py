@@ -184,3 +184,12 @@ def test_skipping_in_multi_steps_keeps_the_accumulated_gradient_clean():
     updates, state = tx.update(params, state, params)
     assert_finite((updates, state))
     assert np.all(updates["w"] != 0)
+
+
+def test_a_second_moment_that_is_not_a_number_is_not_hidden():
+    params = {"w": jnp.ones(2, jnp.float16)}
+    tx = optax_cl.scale_by_decoupled_adam(first_moment="routed", second_moment="routed")
+    state = tx.init(params)
+    state = state._replace(nu={"w": jnp.array([jnp.nan, 1.0], jnp.float16)})
+    updates, _ = tx.update(params, state, params)
+    np.testing.assert_array_equal(np.isnan(updates["w"]), [True, False])

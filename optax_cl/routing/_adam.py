@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_cl._core import checks, tasks
@@ -294,8 +295,10 @@ def _corrected_mean(mu, numerator, b1, count, nesterov):
 def _divide(mu_hat, nu_hat, eps, eps_root):
     def one(m, v):
         root = jnp.sqrt(v + eps_root) + eps
-        # Zero where `eps` and small squares underflow, as they do in float16.
-        return m / jnp.where(root > 0, root, 1)
+        # Zero where `eps` and small squares underflow, as in float16; a NaN stays one.
+        if isinstance(eps, jax.core.Tracer) or not np.asarray(eps, root.dtype) > 0:
+            root = jnp.where(root == 0, 1, root)
+        return m / root
 
     return _map(one, mu_hat, nu_hat)
 
