@@ -3,8 +3,8 @@
 ``jax.numpy.linalg`` gives a whole stack to one LAPACK call. On a CPU that call spreads
 the matrices over the threads that all devices of a process share, and waits for them:
 with two devices (fake ones, or the cores of a sharded run) the calls of both can wait
-for each other for ever. Here a CPU takes the matrices one after the other, also those of a ``vmap`` outside.
-Accelerators get the whole stack.
+for each other for ever. Here a CPU takes the matrices one after the other, also those
+of a ``vmap`` outside. Accelerators get the whole stack.
 
 Values are those of ``jax.numpy.linalg``, and so are derivatives.
 """
