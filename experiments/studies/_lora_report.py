@@ -212,6 +212,9 @@ def _spectra_figure(words, stream, of):
             title=name,
             markers=True,
         )
+        axes[0, column].xaxis.get_major_locator().set_params(integer=True)
+        # One scale for all kernels, so that panels can be compared.
+        axes[0, column].set_ylim(-0.03, 1.03)
         if legend := axes[0, column].get_legend():
             legend.remove()
     if len(shown) > 1:

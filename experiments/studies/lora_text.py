@@ -112,9 +112,9 @@ class Config:
     )
     arms: tuple[str, ...] = field(CORE, quick=QUICK, help="names of arms")
     tasks: int = field(6, quick=3, minimum=2, help="most tasks of a sequence")
-    seeds: int = field(3, quick=2, minimum=2, help="orders (and pairs) reported")
+    seeds: int = field(5, quick=2, minimum=2, help="orders (and pairs) reported")
     first_seed: int = field(1000, minimum=0, help="the first of them")
-    tuning: int = field(1, quick=0, minimum=0, help="orders that choose learning rates")
+    tuning: int = field(2, quick=0, minimum=0, help="orders that choose learning rates")
     first_tuning_seed: int = field(0, minimum=0, help="the first of them")
     rates: tuple[float, ...] = field(
         (1e-3, 3e-3, 1e-2),
@@ -137,7 +137,7 @@ SIZES = {
         "layers": 1,
         "length": 48,
         "batch": 8,
-        "steps": 40,
+        "steps": 60,
         "warm": 300,
         "train": 128,
         "test": 64,
