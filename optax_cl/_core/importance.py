@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_cl._core import checks, statistics, tasks, trees
+from optax_cl._core import checks, trees
 
 ANCHORS = ("merged", "separate", "latest")
 ACCUMULATE = ("sum", "decay", "ema")
@@ -58,15 +58,6 @@ class ImportanceMemory(NamedTuple):
     offset: chex.Array  # float32 [], value of the penalty lost by merging, times two
     decay: chex.Array  # float32 [], factor on what is there already (1 for "sum")
     rules: Any  # Rules, static
-
-
-class EwcState(NamedTuple):
-    """State of ``ewc`` and of ``ewc_proximal``."""
-
-    count: chex.Array  # int32 [], steps done (for schedules)
-    strength: chex.Array  # float32 [], lambda at the next step
-    memory: ImportanceMemory  # importance and anchors
-    fisher: Any  # statistics.FisherRules, static
 
 
 def make_rules(
@@ -340,60 +331,6 @@ def value_at(scalar: optax.ScalarOrSchedule, count: chex.Array) -> chex.Numeric:
     return scalar(count) if callable(scalar) else scalar
 
 
-def init_ewc(
-    params: chex.ArrayTree,
-    strength: optax.ScalarOrSchedule,
-    rules: Rules,
-    decay: chex.Numeric | None,
-    fisher: statistics.FisherRules,
-) -> EwcState:
-    """The state before the first task."""
-    count = jnp.zeros([], jnp.int32)
-    return EwcState(
-        count=count,
-        strength=jnp.array(value_at(strength, count), jnp.float32, copy=True),
-        memory=init(params, rules, decay),
-        fisher=fisher,
-    )
-
-
-def advance_ewc(
-    state: EwcState, strength: optax.ScalarOrSchedule, decay: chex.Numeric | None
-) -> EwcState:
-    """The state after a step; arguments that changed since ``init`` are taken over."""
-    count = optax.safe_increment(state.count)
-    return state._replace(
-        count=count,
-        strength=jnp.asarray(value_at(strength, count), state.strength.dtype),
-        memory=state.memory._replace(decay=decay_array(decay)),
-    )
-
-
-def fisher_boundary() -> tasks.Boundary:
-    """For states with the fields ``memory`` and ``fisher`` (its rules)."""
-
-    def passes(state):
-        return (statistics.fisher_pass(state.fisher.estimator),)
-
-    def end_task(state, params, results):
-        (fisher,) = results.values()
-        importance = fisher.diagonal
-        if state.fisher.weight_by_count:
-            importance = jax.tree.map(lambda f: fisher.num_items * f, importance)
-        return state._replace(memory=consolidate(state.memory, importance, params))
-
-    return tasks.Boundary(
-        passes=passes,
-        end_task=end_task,
-        like=lambda state: state.memory.importance,
-        usage=lambda state: usage(state.memory),
-        check=lambda state: check_room(state.memory),
-        grow=lambda state, capacity: state._replace(
-            memory=grow(state.memory, capacity)
-        ),
-    )
-
-
 def usage(memory: ImportanceMemory) -> tuple[chex.Array, int | None]:
     """Tasks in the memory (banks: entries in use) and its capacity."""
     capacity = memory.rules.capacity
@@ -433,6 +370,3 @@ def grow(memory: ImportanceMemory, capacity: int) -> ImportanceMemory:
         anchor=jax.tree.map(pad, memory.anchor),
         rules=dataclasses.replace(memory.rules, capacity=capacity),
     )
-
-
-tasks.register_boundary(EwcState, fisher_boundary())

@@ -6,7 +6,7 @@ step, ``ewc_proximal`` takes it implicitly, ``rescale_by_importance`` only slows
 important coordinates down.
 """
 
-from optax_cl._core.importance import EwcState as EwcState
+from optax_cl._core.ewc_state import EwcState as EwcState
 from optax_cl._core.statistics import Fisher as Fisher
 from optax_cl._core.statistics import fisher_diagonal as fisher_diagonal
 from optax_cl.penalties._ewc import ewc as ewc

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, importance, statistics, trees
+from optax_cl._core import checks, ewc_state, importance, statistics, trees
 
 
 def ewc(
@@ -167,14 +167,14 @@ def ewc(
     checks.check_number("strength", strength, low=0.0, schedule=True)
 
     def init_fn(params):
-        return importance.init_ewc(params, strength, rules, decay, fisher)
+        return ewc_state.init(params, strength, rules, decay, fisher)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.check_params("ewc", params)
         params = trees.align("params", params, updates)
         now = importance.value_at(strength, state.count)
-        new_state = importance.advance_ewc(state, strength, decay)
+        new_state = ewc_state.advance(state, strength, decay)
         memory = new_state.memory
         scale = now * importance.read_scale(memory)
 
@@ -216,7 +216,7 @@ def ewc_loss(opt_state: optax.OptState, params: optax.Params) -> chex.Array:
     """
 
     def is_ewc(node):
-        return isinstance(node, importance.EwcState)
+        return isinstance(node, ewc_state.EwcState)
 
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_ewc) if is_ewc(s)]
     if not states:

@@ -4,7 +4,7 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, importance, statistics, trees
+from optax_cl._core import checks, ewc_state, importance, statistics, trees
 
 
 def ewc_proximal(
@@ -95,7 +95,7 @@ def ewc_proximal(
     checks.check_number("strength", strength, low=0.0, schedule=True)
 
     def init_fn(params):
-        return importance.init_ewc(params, strength, rules, decay, fisher)
+        return ewc_state.init(params, strength, rules, decay, fisher)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -103,7 +103,7 @@ def ewc_proximal(
         params = trees.align("params", params, updates)
         eta = importance.value_at(learning_rate, state.count)
         now = importance.value_at(strength, state.count)
-        new_state = importance.advance_ewc(state, strength, decay)
+        new_state = ewc_state.advance(state, strength, decay)
         memory = new_state.memory
         scale = eta * now * importance.read_scale(memory)
 

@@ -6,7 +6,7 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, importance, statistics, tasks
+from optax_cl._core import checks, ewc_state, importance, statistics, tasks
 
 NORMALIZE = ("leaf_max", "none")
 
@@ -131,4 +131,4 @@ def rescale_by_importance(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-tasks.register_boundary(RescaleByImportanceState, importance.fisher_boundary())
+tasks.register_boundary(RescaleByImportanceState, ewc_state.fisher_boundary())
