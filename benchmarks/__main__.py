@@ -5,7 +5,6 @@ it stand XLA's own counts, which do not depend on the machine's mood.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import optax
 import optax_cl
 from benchmarks import digits, eblora, lora_training, retractions, timing
 from benchmarks.timing import Row
+from experiments import cores
 from experiments.models import byte_lm
 
 
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only {args.only!r} matches none of {[n for n, _ in suites]}")
     # One device for each core: the digits spread their seeds over them, and everything
     # else runs on the first, which has all the threads either way.
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", cores.count())
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     print(f"jax {jax.__version__}, {kind}, {count} device(s)")
     print(

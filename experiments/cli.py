@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments import studies
+from experiments import cores, studies
 from experiments.flags import (
     UsageError,
     add_fields,
@@ -192,8 +192,7 @@ def make_devices(count: int | None) -> None:
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     try:
         if not forced:
-            cores = len(os.sched_getaffinity(0))
-            jax.config.update("jax_num_cpu_devices", count or cores)
+            jax.config.update("jax_num_cpu_devices", count or cores.count())
     except RuntimeError:
         # JAX has its devices already, as in a program that calls `main`.
         forced = True

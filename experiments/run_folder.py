@@ -34,6 +34,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import cores
+
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "orbax-checkpoint")
 _TEMPORARY = ".partial-"
 
@@ -240,7 +242,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions,
         # What XLA splits sums by on a CPU: it can move the last bits.
-        "threads": int(os.environ.get("NPROC") or len(os.sched_getaffinity(0))),
+        "threads": int(os.environ.get("NPROC") or cores.count()),
         "platform": jax.default_backend(),
         "device_count": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
