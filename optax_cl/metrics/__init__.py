@@ -18,10 +18,13 @@ Off curves ``[..., T, N]``, evaluated during training: `min_accuracy`,
 `worst_case_accuracy`, `windowed_forgetting`, `windowed_plasticity`, `stability_gap`;
 `curve_summary` for all; the masks `since_started`, `since_learned`, `old_task_pairs`.
 
+Off probes ``[..., S + 1, J]``, row 0 the model as it came: `ability_tax`.
+
 Over orders: `order_sensitivity`, `by_task`. Over seeds: `mean_and_error`,
 `paired_difference`.
 """
 
+from optax_cl.metrics._ability_tax import AbilityTax, ability_tax
 from optax_cl.metrics._accuracy_matrix import (
     average_accuracy,
     average_incremental_accuracy,
@@ -56,11 +59,13 @@ from optax_cl.metrics._summary import (
 from optax_cl.metrics._windows import windowed_forgetting, windowed_plasticity
 
 __all__ = [
+    "AbilityTax",
     "CurveSummary",
     "MeanAndError",
     "OrderSensitivity",
     "StabilityGap",
     "Summary",
+    "ability_tax",
     "average_accuracy",
     "average_incremental_accuracy",
     "backward_transfer",
