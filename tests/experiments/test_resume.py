@@ -10,55 +10,53 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import toy
+from tests.experiments import tiny_stream, toy
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["--seeds", "3", "--steps", "60", "--devices", "2"]
+PAUSE = 0.1  # after each chunk of the toy, where it is to be killed
 
 
-def start(folder, pause):
+def start(script, folder, flags, pause=None):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if pause is not None:
+        environment["TOY_PAUSE"] = str(pause)
+    words = [script.__file__, "run", *flags.split(), "--out", str(folder)]
     return subprocess.Popen(
-        [sys.executable, toy.__file__, "run", "toy", "--out", str(folder), *FLAGS],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TOY_PAUSE": str(pause)},
+        [sys.executable, *words],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finish(folder):
-    process = start(folder, 0)
-    out, err = process.communicate(timeout=300)
+def finish(script, folder, flags):
+    process = start(script, folder, flags)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    return out, err
+    return err
 
 
 def content(folder):
-    names = ["results.json", "report.html", "raw/plain.npz", "raw/slow.npz"]
-    return {name: (folder / name).read_bytes() for name in names}
+    """What must not depend on kills: all but the lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted") / "toy"
-    finish(folder)
-    return content(folder)
-
-
-def kill_at_random(folder, chance, patience=2.5):
+def kill(script, folder, flags, pause, patience, until=lambda: True):
     """Starts the run and kills it; returns whether it was still at work."""
-    process = start(folder, 0.15)
-    deadline = time.monotonic() + 120
+    process = start(script, folder, flags, pause)
     # Importing takes most of a run's life; the moments that matter come after it.
-    while process.poll() is None and time.monotonic() < deadline:
-        if process.stderr.readline():
-            break
-    time.sleep(chance.uniform(0.0, patience))
-    at_work = process.poll() is None
+    process.stderr.readline()
+    while process.poll() is None and not until():
+        time.sleep(pause / 5)
+    time.sleep(patience)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    return at_work
+    return process.returncode == -signal.SIGKILL
 
 
 def has_something_to_go_on_from(folder):
@@ -67,35 +65,65 @@ def has_something_to_go_on_from(folder):
     return bool(manifests) or any(folder.rglob("raw/*.npz"))
 
 
-@pytest.mark.parametrize(
-    "kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids=str
-)
-def test_killed_run_ends_bit_identical(tmp_path, uninterrupted, kills):
-    folder, chance = tmp_path / "toy", random.Random(kills)
-    killed = sum(kill_at_random(folder, chance) for _ in range(kills))
-    assert killed >= min(kills, 3)
-    # On a busy machine every kill may have come before the first checkpoint.
-    for patience in range(5, 60, 5):
-        if has_something_to_go_on_from(folder):
-            break
-        kill_at_random(folder, chance, patience)
-    _, err = finish(folder)
-    assert content(folder) == uninterrupted
-    assert not list(folder.rglob(".partial-*"))
+def check_kills(script, flags, folder, *, chunks, kills, pause):
+    """Kills a run of ``chunks`` chunks so often, lets it end, and compares the end."""
+    whole, folder = folder / "whole", folder / "killed"
+    finish(script, whole, flags)
+    # Every chunk takes a pause, so no kill finds the run at its end; three chunks are
+    # for what a kill waits for beside its patience.
+    longest = (chunks / kills - 3) * pause
+    assert longest > 0
+    chance = random.Random(kills)
+    # On a busy machine all but the last may come before the first checkpoint.
+    reasons = [lambda: True] * (kills - 1)
+    reasons += [lambda: has_something_to_go_on_from(folder)]
+    killed = [
+        kill(script, folder, flags, pause, chance.uniform(0.0, longest), until)
+        for until in reasons
+    ]
+    assert killed == [True] * kills
+    err = finish(script, folder, flags)
+    assert content(folder) == content(whole)
     assert "goes on from task" in err or "done before" in err
 
 
+@pytest.mark.parametrize(
+    ("kills", "chunk_steps"),
+    [(3, 7), pytest.param(20, 1, marks=pytest.mark.slow)],
+    ids=["3", "20"],
+)
+def test_killed_run_ends_bit_identical(tmp_path, kills, chunk_steps):
+    steps, programs = 60, 2
+    chunks = programs * toy.TASKS * -(-steps // chunk_steps)
+    flags = f"toy --steps {steps} --chunk-steps {chunk_steps} --devices 2"
+    check_kills(toy, flags, tmp_path, chunks=chunks, kills=kills, pause=PAUSE)
+
+
+@pytest.mark.slow
+def test_killed_study_ends_bit_identical(tmp_path):
+    """The domain stream: memories, a buffer, meters and the moments of Adam."""
+    texts = tiny_stream.write_texts(tmp_path / "texts")
+    arms = ("vanilla", "balance-max", "ewc-raw", "agem-shared", "replay-shared")
+    domains, per_domain = 3, tiny_stream.STEPS  # chunks of one step
+    flags = (
+        f"domain_stream --quick --stream {texts} --domains {domains} "
+        f"--arms {','.join(arms)} --devices 2"
+    )
+    chunks = len(arms) * domains * per_domain
+    check_kills(tiny_stream, flags, tmp_path, chunks=chunks, kills=1, pause=0.3)
+
+
 def test_killed_run_holds_no_lock(tmp_path):
-    folder = tmp_path / "toy"
-    process = start(folder, 0.15)
+    folder, flags = tmp_path / "toy", "toy --steps 60 --devices 2"
+    process = start(toy, folder, flags, PAUSE)
     process.stderr.readline()
-    second = start(folder, 0)
+    second = start(toy, folder, flags)
     _, err = second.communicate(timeout=120)
     process.kill()
     process.communicate()
     assert second.returncode == 2
     assert f"in use by another process (pid {process.pid})" in err
-    process = start(folder, 0.15)
+    process = start(toy, folder, flags, PAUSE)
     assert "error" not in process.stderr.readline()
     process.kill()
     process.communicate()

@@ -135,8 +135,13 @@ def slow_down(seconds):
     engine._CheckpointClock.due = lambda self: True
 
 
-if __name__ == "__main__":
+def slow_down_if_asked():
+    """``slow_down`` by what the environment says, so that a process can be told."""
     if "TOY_PAUSE" in os.environ:
         slow_down(float(os.environ["TOY_PAUSE"]))
+
+
+if __name__ == "__main__":
+    slow_down_if_asked()
     studies.register(STUDY)
     sys.exit(cli.main())
