@@ -1,7 +1,7 @@
 """Passes over a task's data: batch by batch from the host, or in one scan."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -12,7 +12,7 @@ import optax
 
 from optax_cl._core import checks, trees
 from optax_cl._core.boundaries import Pass, PassInput
-from optax_cl._core.task_functions import Task
+from optax_cl._core.task_functions import Task, check_classes, check_labels
 
 Jobs = tuple[tuple[str, Pass], ...]  # name of the result, and the pass
 
@@ -170,6 +170,23 @@ def _bind(task: Task, fixed: Fixed) -> Task:
     return task._replace(**with_params)
 
 
+def _labels(
+    task: Task, fixed: Fixed, batch: Any
+) -> tuple[Callable[..., Any] | None, int]:
+    """``task.labels`` and the number of classes; None where nothing can be judged.
+
+    Raises for labels of another kind. Only the first of several passes looks at them.
+    """
+    labels, outputs = task.labels, _bind(task, fixed).outputs
+    if any(fixed.earlier.values()) or labels is None or outputs is None:
+        return None, 0
+    logits = jax.eval_shape(outputs, fixed.trainable, batch)
+    if logits.ndim < 2 or logits.shape[:1] != jax.tree.leaves(batch)[0].shape[:1]:
+        return None, 0  # the passes will tell what they need
+    check_labels(jax.eval_shape(labels, batch), logits)
+    return labels, logits.shape[-1]
+
+
 def _start(jobs: Jobs, fixed: Fixed) -> dict[str, Any]:
     return {name: p.init(fixed.states[name], fixed.trainable) for name, p in jobs}
 
@@ -220,11 +237,16 @@ def loop(
       number of examples.
 
     Raises:
-      ValueError: If there is no batch.
+      ValueError: If there is no batch, or a label is no class.
     """
     accs = _start(jobs, fixed)
     count, num_examples = 0, jnp.zeros([], jnp.float32)
+    labels, num_classes = None, 0
     for batch, weights in padded_batches(batches):
+        if count == 0:
+            labels, num_classes = _labels(task, fixed, batch)
+        if labels is not None:
+            check_classes(labels(batch), num_classes)
         step_key = jax.random.fold_in(key, count)
         accs, num_examples = _step(
             jobs, task, accs, num_examples, fixed, batch, weights, step_key
@@ -241,11 +263,19 @@ def loop(
     return results, finite, num_examples
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def scan(
     jobs: Jobs, task: Task, fixed: Fixed, batches: chex.ArrayTree, key: chex.PRNGKey
 ) -> tuple[dict[str, Any], chex.ArrayTree, chex.Array]:
     """The same pass over stacked batches, as one scan with the same keys."""
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
+    labels, num_classes = _labels(task, fixed, first)
+    if labels is not None:
+        check_classes(jax.vmap(labels)(batches), num_classes)
+    return _scan(jobs, task, fixed, batches, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scan(jobs, task, fixed, batches, key):
     count, size = jax.tree.leaves(batches)[0].shape[:2]
     weights = jnp.ones([size], jnp.float32)
     bound = _bind(task, fixed)

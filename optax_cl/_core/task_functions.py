@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Task(NamedTuple):
@@ -24,6 +25,9 @@ class Task(NamedTuple):
       sample_label: ``(outputs, key) -> labels``, drawn from the model's distribution.
       layer_inputs: ``(params, batch) -> tree``, for each kernel the inputs it
         multiplies, ``[B, ..., in]``, in the structure of params (None elsewhere).
+      labels: ``batch -> [B]`` or ``[B, items]``, the data's labels as integers that
+        number the last axis of ``outputs``. ``collect`` refuses others, wherever it can
+        see their values.
     """
 
     loss: Callable[..., chex.Array] | None = None
@@ -31,6 +35,7 @@ class Task(NamedTuple):
     log_prob: Callable[..., chex.Array] | None = None
     sample_label: Callable[..., chex.Array] | None = None
     layer_inputs: Callable[..., chex.ArrayTree] | None = None
+    labels: Callable[..., chex.Array] | None = None
 
 
 def classification(
@@ -38,14 +43,27 @@ def classification(
 ) -> Task:
     """A ``Task`` for a network with categorical outputs (classes, or next tokens).
 
+    A label is a class, from 0 to C - 1. There is no label for "ignore" (-1 and -100
+    elsewhere): leave such examples out of the batches, or write a ``Task`` of your own
+    whose ``loss`` and ``log_prob`` weigh the items. ``collect`` refuses other labels
+    where it sees their values; inside ``jit``, where they are not known, their loss is
+    NaN, and it adds nothing to a gradient.
+
     Args:
       logits: ``(params, batch) -> [B, C]``, or ``[B, items, C]`` for several labels an
-        example; in evaluation mode.
+        example; in evaluation mode. C is at least 2: with one logit the softmax is 1
+        whatever the parameters. A network with one, for yes or no, has the two logits
+        ``jnp.concatenate([jnp.zeros_like(z), z], axis=-1)``.
       labels: ``batch -> [B]`` or ``[B, items]``, integers.
 
     Returns:
       A ``Task`` whose loss is the mean cross-entropy over an example's items. Build it
       once and keep it: ``collect`` compiles anew for functions it has not seen.
+
+    Raises:
+      TypeError: When a function of the task is traced, for labels that are no integers.
+      ValueError: Then too, for logits of a single class or without an axis of classes,
+        and for labels of another shape than ``[B]`` or ``[B, items]``.
 
     Example:
       >>> import jax.numpy as jnp, optax_cl
@@ -56,9 +74,25 @@ def classification(
       [0.693 0.693]
     """
 
+    def outputs(params, batch):
+        z = logits(params, batch)
+        if z.ndim < 2 or z.shape[-1] < 2:
+            raise ValueError(
+                "`logits` must give [B, C] or [B, items, C] with at least two classes; "
+                f"got shape {z.shape}. The probability of a single class is 1 whatever "
+                "the parameters: it has no loss and no importance. Give two logits "
+                "(0 and z), or use `optax_cl.regression`, or an `optax_cl.Task` with a "
+                "Bernoulli `log_prob` and `sample_label`."
+            )
+        return z
+
     def log_prob(params, batch, chosen):
-        log_probs = jax.nn.log_softmax(logits(params, batch).astype(jnp.float32))
-        return jnp.take_along_axis(log_probs, chosen[..., None], axis=-1)[..., 0]
+        log_probs = jax.nn.log_softmax(outputs(params, batch).astype(jnp.float32))
+        check_labels(chosen, log_probs)
+        picked = jnp.take_along_axis(log_probs, chosen[..., None], axis=-1)[..., 0]
+        # An index of -1 would pick the last class.
+        known = (chosen >= 0) & (chosen < log_probs.shape[-1])
+        return jnp.where(known, picked, jnp.nan)
 
     def loss(params, batch):
         lp = log_prob(params, batch, labels(batch))
@@ -66,10 +100,47 @@ def classification(
 
     return Task(
         loss=loss,
-        outputs=logits,
+        outputs=outputs,
         log_prob=log_prob,
         sample_label=lambda outputs, key: jax.random.categorical(key, outputs),
+        labels=labels,
     )
+
+
+def check_labels(labels: chex.Array, logits: Any) -> None:
+    """Raises unless ``labels`` has one integer for each row of ``logits``."""
+    shape, dtype = jnp.shape(labels), jnp.result_type(labels)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"`labels` must give integers from 0 to {logits.shape[-1] - 1}, one for "
+            f"each row of `logits`; got dtype {dtype} and shape {shape}. Turn one-hot "
+            "labels into classes with `jnp.argmax(labels, axis=-1)`, floats with "
+            "`labels.astype(int)`."
+        )
+    if shape != logits.shape[:-1]:
+        raise ValueError(
+            f"`labels` must give shape {logits.shape[:-1]}, one label for each row of "
+            f"`logits`, which are of shape {logits.shape}; got shape {shape}. Take an "
+            "axis of length one off with `labels[..., 0]`."
+        )
+
+
+def check_classes(labels: chex.Array, num_classes: int) -> None:
+    """Raises for labels that are no class; silent where values are not known."""
+    if isinstance(labels, jax.core.Tracer):
+        return
+    # A process sees its own part of an array that is spread over several.
+    shards = labels.addressable_shards if isinstance(labels, jax.Array) else ()
+    for part in [s.data for s in shards] or [labels]:
+        values = np.asarray(part)
+        low, high = values.min(initial=0), values.max(initial=0)
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"`task.labels` must give classes from 0 to {num_classes - 1}, which "
+                f"number the last axis of `task.outputs`; got {low} to {high}. No "
+                "label stands for 'ignore': leave such examples out of `batches`, or "
+                "write an `optax_cl.Task` whose `loss` and `log_prob` weigh the items."
+            )
 
 
 def regression(
@@ -83,10 +154,14 @@ def regression(
 
     Args:
       predictions: ``(params, batch) -> [B, ...]``, in evaluation mode.
-      targets: ``batch -> [B, ...]``.
+      targets: ``batch -> [B, ...]``, of the same shape.
 
     Returns:
       A ``Task``. Build it once and keep it, as with ``classification``.
+
+    Raises:
+      ValueError: When the loss is traced, for predictions and targets of two shapes:
+        ``[B, 1]`` and ``[B]`` would make ``[B, B]`` errors.
 
     Example:
       >>> import jax.numpy as jnp, optax_cl
@@ -96,7 +171,15 @@ def regression(
     """
 
     def log_prob(params, batch, values):
-        error = (predictions(params, batch) - values).astype(jnp.float32)
+        made = predictions(params, batch)
+        if jnp.shape(made) != jnp.shape(values):
+            raise ValueError(
+                "`predictions` and `targets` must give one shape; got "
+                f"{jnp.shape(made)} and {jnp.shape(values)}. Take an axis of length "
+                "one off with `predictions[..., 0]`, or add it with "
+                "`targets[..., None]`."
+            )
+        error = (made - values).astype(jnp.float32)
         return -0.5 * (error.reshape(error.shape[0], -1) ** 2).sum(axis=1)
 
     def sample(outputs, key):

@@ -61,9 +61,9 @@ def test_a_whole_boundary_runs_under_jit_and_vmap():
 
 def test_later_tasks_compile_nothing_new_and_nothing_is_unrolled():
     stacked(STATE, PARAMS, BATCHES)
-    compiled = streaming.scan._cache_size()
+    compiled = streaming._scan._cache_size()
     stacked(STATE, jax.tree.map(jnp.cos, PARAMS), BATCHES)
-    assert streaming.scan._cache_size() == compiled
+    assert streaming._scan._cache_size() == compiled
     more = jax.tree.map(lambda x: jnp.concatenate([x] * 4), BATCHES)
     lengths = [
         len(str(jax.make_jaxpr(stacked)(STATE, PARAMS, b))) for b in (BATCHES, more)
