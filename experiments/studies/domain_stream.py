@@ -148,10 +148,17 @@ def chosen_arms(names: tuple[str, ...]) -> tuple[arms.Arm, ...]:
 def orders(config: Config, num_domains: int) -> np.ndarray:
     """Each seed's order of domains, ``[seeds, domains]``, from the seed alone."""
     count = min(config.domains or num_domains, num_domains)
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
     return np.stack(
-        [np.random.default_rng(seed).permutation(num_domains)[:count] for seed in seeds]
+        [
+            np.random.default_rng(seed).permutation(num_domains)[:count]
+            for seed in _seeds(config)
+        ]
     ).astype(np.int32)
+
+
+def _seeds(config):
+    """The reporting seeds."""
+    return list(range(config.first_seed, config.first_seed + config.seeds))
 
 
 def run(config: Config, folder: Path, context: engine.Context) -> dict:
@@ -160,6 +167,16 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
     divergences = data.divergence_matrix(stream)
     context.progress.say(data.divergence_table(stream.names, divergences))
     order = orders(config, len(stream.names))
+    # Before the first step, so that nobody has seen a result when the orders are fixed.
+    run_folder.write_json(
+        folder / "stream.json",
+        {
+            "names": stream.names,
+            "seeds": _seeds(config),
+            "orders": order,
+            "divergences": divergences,
+        },
+    )
     settings = _settings(config, stream, order.shape[1])
     arrays = program.make_data(
         stream, settings.model.context, _EVALUATED_WINDOWS, _PROBE_WINDOWS
@@ -176,10 +193,6 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
                 _lanes(config, members, order, arrays),
                 chunk_steps=max(1, settings.steps // _CHUNKS_PER_TASK),
             )
-    run_folder.write_json(
-        folder / "stream.json",
-        {"names": stream.names, "orders": order, "divergences": divergences},
-    )
     return reporting.summarize(folder, selected)
 
 
@@ -208,7 +221,7 @@ def _lanes(config, members, order, arrays):
     rate = config.learning_rate or SIZES[config.size].learning_rate
     lanes = [
         program.Lane(
-            seed=np.int32(config.first_seed + index),
+            seed=np.int32(seed),
             order=order[index],
             learning_rate=np.float32(rate * arm.learning_rate),
             strength=np.float32(arm.strength),
@@ -216,7 +229,7 @@ def _lanes(config, members, order, arrays):
             digest=np.uint32(program.digest(arrays)),
         )
         for arm in members
-        for index in range(len(order))
+        for index, seed in enumerate(_seeds(config))
     ]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *lanes)
 

@@ -1,4 +1,4 @@
-"""The domain stream: pairing, memory, measures, verdicts, and a run from end to end."""
+"""The domain stream: pairing, memory, settings, and a run from end to end."""
 
 import functools
 import json
@@ -8,47 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, data, engine, run_folder
+from experiments import cli, data, engine
 from experiments.models import byte_lm
 from experiments.studies import _stream_arms as arms
-from experiments.studies import _stream_claims as claims
 from experiments.studies import _stream_program as program
-from experiments.studies import _stream_results as measured
 from experiments.studies import domain_stream as study
+from tests.experiments import tiny_stream as tiny
 
-TINY = byte_lm.ByteLMConfig(layers=1, width=8, heads=1, hidden=8, context=8)
-TASKS, STEPS, BATCH, MEMORY = 3, 5, 4, 6
-SETTINGS = program.Settings(
-    model=TINY,
-    common=program.Common(b2=0.99, rank=2),
-    tasks=TASKS,
-    steps=STEPS,
-    batch=BATCH,
-    memory=MEMORY,
-    collect_batches=2,
-)
-
-
-def alphabet(letters, seed):
-    """A text whose letters say which domain it is."""
-    drawn = np.random.default_rng(seed).integers(0, len(letters), 12_000)
-    return bytes(letters[i] for i in drawn)
-
-
-TEXTS = {
-    "digits": b"0123456789",
-    "lower": b"abcdefgh ",
-    "upper": b"ABCDEFGH ",
-    "x": b"xyz",
-}
+TINY, TASKS, STEPS, MEMORY = tiny.TINY, tiny.TASKS, tiny.STEPS, tiny.MEMORY
+SETTINGS, TEXTS, alphabet = tiny.SETTINGS, tiny.TEXTS, tiny.alphabet
 
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for seed, (name, letters) in enumerate(TEXTS.items()):
-        (folder / f"{name}.txt").write_bytes(alphabet(letters, seed))
-    return data.load_stream(folder)
+    return data.load_stream(tiny.write_texts(tmp_path_factory.mktemp("texts")))
 
 
 @pytest.fixture(scope="module")
@@ -293,184 +266,19 @@ def test_the_full_size_traces_without_being_allocated(stream):
     assert recorded["loss"].shape == ()
 
 
-# The measures, on numbers made by hand.
-
-
-def results_of(name, forgetting=0.5, learning=2.0):
-    """An arm on three seeds and two domains.
-
-    With one old domain, forgetting is [2, 0] - [1, 0] and learning is the mean of
-    [1, 0] and [2, 1], so that the final loss is learning + forgetting / 2.
-    """
-    matrix = np.zeros([3, 3, 2])
-    matrix[:, 1, 0] = 1.0 + np.array([0.0, 0.1, 0.2])
-    matrix[:, 2, 0] = matrix[:, 1, 0] + forgetting
-    matrix[:, 2, 1] = 2 * learning - matrix[:, 1, 0]
-    curves = {"first_domain": np.zeros([3, 4])}
-    return measured.ArmResults(arms.ARMS[name], matrix, curves)
-
-
-def test_measures_read_the_matrix_as_they_say():
-    r = results_of("vanilla", forgetting=0.5, learning=2.0)
-    np.testing.assert_allclose(r.forgetting, 0.5)
-    np.testing.assert_allclose(r.learning, 2.0)
-    np.testing.assert_allclose(r.final, 2.25)
-    np.testing.assert_allclose(r.perplexity.matrix[:, 2, 0], np.exp(r.matrix[:, 2, 0]))
-
-
-def test_the_stability_gap_is_what_comes_back_and_not_what_stays_lost():
-    # First switch: 1 at the switch, peak 4, end 2: 4 - 2. Second: end 2, peak 2.5,
-    # down to 1: 2.5 - 2. Third: the loss only rises: nothing comes back.
-    curve = [[3.0, 1.0, 4.0, 2.0, 2.5, 1.0, 2.0, 3.0]]
-    matrix = np.zeros([1, 5, 4])
-    r = measured.ArmResults(
-        arms.ARMS["vanilla"], matrix, {"first_domain": np.array(curve)}
-    )
-    np.testing.assert_allclose(r.stability_gap, (2.0 + 0.5 + 0.0) / 3)
-
-
-def test_meters_leave_out_the_first_domain():
-    curves = {"overlap": np.array([[9.0, 9.0, 1.0, 3.0, 4.0, 6.0]])}
-    r = measured.ArmResults(arms.ARMS["shared-0.5"], np.zeros([1, 4, 3]), curves)
-    assert r.meter("overlap") == 3.5
-    assert r.settled("overlap") == 5.0
-    assert r.meter("leak") is None
-
-
-def with_learning_rates(learning):
-    """Vanilla at four rates, and an arm with a given learning loss."""
-    rates = {
-        "vanilla": (0.5, 2.0),
-        "vanilla-lr*0.5": (0.3, 2.2),
-        "vanilla-lr*0.25": (0.1, 2.6),
-        "vanilla-lr*2.0": (9.0, 1.0),
-    }
-    results = {name: results_of(name, *numbers) for name, numbers in rates.items()}
-    return results | {"max-0.5": results_of("max-0.5", 0.0, learning)}
-
-
-@pytest.mark.parametrize(
-    ("learning", "final"),
-    [
-        (2.0, 2.25),  # vanilla itself
-        (2.2, 2.35),  # at half the rate
-        (2.3, 0.75 * 2.35 + 0.25 * 2.65),  # a quarter of the way to the next
-        (1.5, 2.25),  # learns better than vanilla: vanilla; a higher rate is no option
-        (9.0, 2.65),  # learns worse than at the lowest rate: the lowest rate
-    ],
-)
-def test_the_learning_rate_control_is_vanilla_at_the_learning_loss_of_the_arm(
-    learning, final
-):
-    results = with_learning_rates(learning)
-    difference = measured.learning_rate_matched(results, "max-0.5")
-    np.testing.assert_allclose(difference, learning - final, atol=1e-12)
-
-
-def test_the_learning_rate_control_needs_another_rate():
-    results = with_learning_rates(2.0)
-    assert measured.has_learning_rates(results)
-    assert not measured.has_learning_rates({"vanilla": results["vanilla"]})
-
-
-def test_an_arm_that_diverged_is_set_apart_and_a_diverged_vanilla_is_an_error():
-    results = with_learning_rates(2.0)
-    results["max-0.5"].matrix[1, 2, 0] = np.nan
-    sound, diverged = measured.split_diverged(results)
-    assert list(diverged) == ["max-0.5"]
-    assert diverged["max-0.5"].diverged == 1
-    assert len(sound) == len(results) - 1
-    results["vanilla"].matrix[0, 1, 1] = np.inf
-    with pytest.raises(run_folder.RunError, match="lower --learning-rate"):
-        measured.split_diverged(results)
-
-
-# The verdicts.
-
-
-def verdicts(**forgetting):
-    """Verdicts by the claim's first words, for arms with given forgetting."""
-    results = {"vanilla": results_of("vanilla")}
-    for name, value in forgetting.items():
-        name = name.replace("__", "-")
-        r = results_of(name, value)
-        ones = np.ones([3, 4])
-        r.curves.update(gain_inflation=2.0 * ones, overlap=ones)
-        results[name] = r
-    return {row.claim: row for row in claims.claims(results)}
-
-
-def verdict(rows, start):
-    (row,) = (row for words, row in rows.items() if words.startswith(start))
-    return row.verdict
-
-
-def known(**values):
-    table = {
-        "shared": "shared-0.5",
-        "raw": "raw-0.5",
-        "adaptive": "one_minus-raw",
-        "replay": "replay-shared",
-    }
-    return verdicts(**{table[k]: v for k, v in values.items()})
-
-
-def test_claims_hold_on_the_published_pattern_and_fall_on_the_opposite():
-    published = known(shared=0.48, raw=0.55, adaptive=0.35, replay=0.44)
-    opposite = known(shared=0.3, raw=0.4, adaptive=0.49, replay=0.1)
-    starts = [
-        "Under shared routing",
-        "Decoupling at a fixed strength",
-        "Decoupling with the overlap-aware",
-        "That replay buffer still",
-        "Adaptive decoupled routing is the only",
-    ]
-    assert [verdict(published, s) for s in starts] == ["reproduced"] * 5
-    assert [verdict(opposite, s) for s in starts] == ["not reproduced"] * 5
-
-
-def test_the_gain_law_is_judged_by_its_own_tolerance():
-    rows = known(shared=0.48)
-    assert verdict(rows, "Projection inflates") == "reproduced"  # R = 2 at a = .5
-    results = {
-        "vanilla": results_of("vanilla"),
-        "shared-0.5": results_of("shared-0.5"),
-    }
-    ones = np.ones([3, 4])
-    results["shared-0.5"].curves.update(gain_inflation=1.8 * ones, overlap=ones)
-    row = {r.claim: r for r in claims.claims(results)}
-    assert verdict(row, "Projection inflates") == "not reproduced"
-
-
-def test_claims_whose_arms_did_not_run_say_which():
-    rows = known(shared=0.48)
-    row = rows["Decoupling at a fixed strength forgets more than vanilla."]
-    assert (row.verdict, row.note) == ("not testable here", "not run: raw-0.5")
-
-
-def test_few_seeds_are_marked_in_every_measured_row():
-    rows = known(shared=0.48, raw=0.55).values()
-    for row in rows:
-        assert ("only 3 seeds" in row.note) == (row.measured is not None)
-
-
 # From end to end.
 
 
 @pytest.fixture
 def tiny_size(monkeypatch):
-    size = study.Size(TINY, batch=4, steps=STEPS, learning_rate=1e-2, b2=0.99, rank=2)
-    monkeypatch.setitem(study.SIZES, "small", size)
+    monkeypatch.setitem(study.SIZES, "small", tiny.SIZE)
     monkeypatch.setattr(study, "_COLLECT_BATCHES", 2)
 
 
 def test_a_run_on_a_folder_of_texts_gives_tables_figures_and_results(
     tiny_size, tmp_path, capsys
 ):
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for seed, (name, letters) in enumerate(TEXTS.items()):
-        (texts / f"{name}.txt").write_bytes(alphabet(letters, seed))
+    texts = tiny.write_texts(tmp_path / "texts")
     out = tmp_path / "run"
     line = f"run domain_stream --quick --stream {texts} --domains 3 --out {out}"
     line += " --arms vanilla-lr*0.5,shared-0.5,joint"
@@ -488,6 +296,23 @@ def test_a_run_on_a_folder_of_texts_gives_tables_figures_and_results(
     for name in ("trade", "differences", "first_domain", "traces"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 5_000
     assert str(tmp_path) not in (out / "results.json").read_text()
+
+
+def test_seeds_and_orders_are_written_before_the_first_step(
+    tiny_size, tmp_path, monkeypatch, capsys
+):
+    def no_step(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "run_program", no_step)
+    texts, out = tiny.write_texts(tmp_path / "texts"), tmp_path / "run"
+    line = f"run domain_stream --stream {texts} --seeds 3 --first-seed 5 --out {out}"
+    assert cli.main(line.split()) == 130
+    written = json.loads((out / "stream.json").read_text())
+    assert written["seeds"] == [5, 6, 7]
+    want = study.orders(study.Config(seeds=3, first_seed=5), len(TEXTS))
+    np.testing.assert_array_equal(written["orders"], want)
+    assert written["names"] == sorted(TEXTS)
 
 
 def test_another_text_in_the_folder_does_not_continue_the_run(tmp_path, arrays):
