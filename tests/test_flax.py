@@ -246,3 +246,22 @@ def test_edited_states_of_an_nnx_optimizer_serve_on():
         assert optax.tree.get(optimizer.opt_state, "nu")["kernel"][...].max() == 0
     step(model, optimizer)
     assert optax_cl.describe(optimizer.opt_state)[0].left == 0
+
+
+@pytest.mark.parametrize("call", ["begin_task", "reset_state"])
+def test_an_unfinished_update_of_an_nnx_optimizer_is_dropped(call):
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    tx = optax_cl.multi_steps(optax_cl.decoupled_adamw(0.1), 2)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, grads)
+    assert optimizer.opt_state.mini_step[...] == 1
+    if call == "begin_task":
+        optax_cl.flax.begin_task(optimizer, model)
+    else:
+        optimizer.opt_state = nnx.data(optax_cl.reset_state(optimizer.opt_state))
+    assert optimizer.opt_state.mini_step[...] == 0
+    assert not np.any(optimizer.opt_state.acc_grads["kernel"][...])
+    before = np.asarray(model.kernel[...])
+    optimizer.update(model, grads)
+    np.testing.assert_array_equal(model.kernel[...], before)

@@ -214,3 +214,13 @@ def map_moments(function, tree, first_only=False, reset_count=False):
         return state._replace(**new)
 
     return map_states(visit, tree, has_moments)
+
+
+def drop_accumulated(tree):
+    """Empties what ``optax.MultiSteps`` has accumulated for an unfinished update."""
+
+    def drop(state):
+        zero = jax.tree.map(jnp.zeros_like, (state.mini_step, state.acc_grads))
+        return state._replace(mini_step=zero[0], acc_grads=zero[1])
+
+    return map_states(drop, tree, lambda n: isinstance(n, optax.MultiStepsState))

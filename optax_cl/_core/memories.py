@@ -17,6 +17,9 @@ def reset_state(
 ) -> optax.OptState:
     """Sets the optimizer's own averages to zero; memories of tasks stay.
 
+    So is what ``optax.MultiSteps`` has accumulated for an unfinished update, but not
+    under a mask, where the other entries of that update go on.
+
     Args:
       opt_state: The optimizer state.
       mask: Which entries: a tree like params of booleans, one per leaf or arrays that
@@ -31,6 +34,7 @@ def reset_state(
         moment are reset leaf by leaf only.
     """
     if mask is None:
+        opt_state = boundaries.drop_accumulated(opt_state)
         return boundaries.map_moments(trees.zeros_like, opt_state, reset_count=True)
 
     def zero(path, x, m):

@@ -171,6 +171,11 @@ def end_task(
     state donated. What is not finite enters no memory; outside jit, parameters that
     are not are warned of (``UserWarning``).
 
+    Call it once a task: every call counts, and one more with the same statistics
+    weighs the task twice. Under ``optax.MultiSteps`` micro-steps of an unfinished
+    update are dropped, whatever the policy: their gradient is the old task's, and would
+    be half of the new task's first update.
+
     Args:
       opt_state: The optimizer state at the end of the task.
       params: The parameters at the end of the task.
@@ -227,6 +232,7 @@ def end_task(
         return state
 
     opt_state = boundaries.map_states(consolidate, opt_state)
+    opt_state = boundaries.drop_accumulated(opt_state)
     if moments == "reset":
         return reset_state(opt_state)
     if moments == "project" and not projected:
@@ -244,7 +250,8 @@ def begin_task(
 
     Call it before the first step of a task, and after any change of the parameters made
     outside the optimizer (a merge, a re-initialisation, pruning): master copies and
-    path starts are taken anew.
+    path starts are taken anew, and what ``optax.MultiSteps`` has accumulated for an
+    unfinished update, at other parameters, is dropped.
 
     Args:
       opt_state: The optimizer state.
@@ -258,6 +265,7 @@ def begin_task(
     opt_state = boundaries.map_states(
         lambda s: boundaries.of(s).begin_task(s, params), opt_state
     )
+    opt_state = boundaries.drop_accumulated(opt_state)
     if reset_nu_max:
         opt_state = boundaries.map_states(
             lambda s: s._replace(nu_max=trees.zeros_like(s.nu_max)),

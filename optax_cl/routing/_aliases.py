@@ -119,6 +119,10 @@ def multi_steps(
     one. A gradient that is not finite would stay in the accumulator for good: pass
     ``should_skip_update_fn=optax.skip_not_finite``, which leaves it out.
 
+    A task boundary belongs between updates: ``end_task`` and ``begin_task`` (and
+    ``reset_state``) drop the micro-steps of an update that is not complete, whose
+    gradient is the old task's.
+
     Args:
       inner: The optimizer to accumulate for.
       every_k_schedule: Micro-steps per step, or a schedule of them.
