@@ -1,5 +1,6 @@
 """Trees of updates: alignment with masks, reductions in float32, copies."""
 
+import functools
 from typing import Any
 
 import chex
@@ -97,6 +98,38 @@ def leaf_vdot(a: chex.Array, b: chex.Array) -> chex.Array:
 def squared_norm(tree: chex.ArrayTree) -> chex.Array:
     """Squared Euclidean norm of a tree, in float32 (at least)."""
     return vdot(tree, tree)
+
+
+def scale_down(tree: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.Array]:
+    """A tree over a power of two that brings its largest entry into [1, 4).
+
+    Squares of what comes out neither overflow nor underflow; ratios of inner products
+    are bit for bit what they were where nothing did before.
+
+    Args:
+      tree: Tree of real arrays.
+
+    Returns:
+      The quotients, float32 or wider, and the power, ``[]``: 1 for trees that are zero,
+      subnormal or not finite.
+    """
+
+    def widen(x):
+        return jnp.asarray(x, importance_dtype(jnp.result_type(x)))
+
+    def peak(x):
+        return jnp.max(jnp.abs(x), initial=0)
+
+    tree = jax.tree.map(widen, tree)
+    largest = functools.reduce(
+        jnp.maximum, map(peak, jax.tree.leaves(tree)), jnp.zeros([], jnp.float32)
+    )
+    tiny = jnp.finfo(largest.dtype).tiny
+    largest = jnp.where((largest >= tiny) & jnp.isfinite(largest), largest, 1)
+    mantissa, _ = jnp.frexp(largest)  # in [1/2, 1), so that the division is exact
+    # A compiler may multiply by the reciprocal, which must not underflow.
+    power = jnp.minimum(largest / (2 * mantissa), 1 / tiny)
+    return jax.tree.map(lambda x: (x / power).astype(x.dtype), tree), power
 
 
 def copy(tree: chex.ArrayTree) -> chex.ArrayTree:

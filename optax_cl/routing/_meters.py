@@ -43,8 +43,10 @@ def measure(
                    over the whole tree
     ============== =====================================================================
 
-    Each is 0 where its denominator is 0. ``optax.tree.get(opt_state, name)`` reads it
-    after a step.
+    Each is 0 where its denominator is 0; overlap and strength also where ``U^T g`` is
+    not finite. A gradient may have any size that float32 has: it is divided by its
+    largest entry before it is squared. ``optax.tree.get(opt_state, name)`` reads the
+    number after a step.
 
     **Placement.** Inside ``protect`` (``"cosine"``: anywhere), as the table says.
 
@@ -205,18 +207,24 @@ def _overlap(updates, extra_args):
 def _strength(updates, extra_args):
     space = _subspace.require_basis("measure", extra_args.get("basis"))
     now = subspaces.coefficients(space.views, space.basis, updates)
-    raw = trees.align_structure("basis.raw", space.raw, now)
+    now, now_power = trees.scale_down(now)
+    raw, raw_power = trees.scale_down(
+        trees.align_structure("basis.raw", space.raw, now)
+    )
     energy = trees.squared_norm(raw)
-    kept = trees.vdot(now, raw) / jnp.where(energy > 0, energy, 1.0)
-    return jnp.where(energy > 0, 1 - kept, 0.0)
+    usable = (energy > 0) & jnp.isfinite(energy)
+    kept = trees.vdot(now, raw) / jnp.where(usable, energy, 1.0)
+    return jnp.where(usable, 1 - kept * (now_power / raw_power), 0.0)
 
 
 def _leak(updates, extra_args):
     space = _subspace.require_basis("measure", extra_args.get("basis"))
-    coeffs = subspaces.coefficients(space.views, space.basis, updates)
+    bases = trees.align_structure("basis", space.basis, updates)
     protected = jax.tree.map(
-        lambda u, c: c if trees.is_masked(c) else u, updates, coeffs
+        lambda u, b: b if trees.is_masked(b) else u, updates, bases
     )
+    protected, _ = trees.scale_down(protected)
+    coeffs = subspaces.coefficients(space.views, space.basis, protected)
     total = trees.squared_norm(protected)
     return trees.squared_norm(coeffs) / jnp.where(total > 0, total, 1.0)
 
@@ -229,6 +237,8 @@ def _cosine(updates, extra_args):
             "`tx.update(grads, state, params, reference_updates=reference)`."
         )
     reference = trees.align("reference_updates", reference, updates)
+    updates, _ = trees.scale_down(updates)
+    reference, _ = trees.scale_down(reference)
     norms = trees.squared_norm(updates) * trees.squared_norm(reference)
     dot = trees.vdot(updates, reference)
     return jnp.where(norms > 0, dot / jnp.sqrt(jnp.where(norms > 0, norms, 1.0)), 0.0)

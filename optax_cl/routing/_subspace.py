@@ -44,16 +44,18 @@ def require_basis(method: str, basis: Subspace | None) -> Subspace:
 def overlap(space: Subspace, raw_updates: chex.ArrayTree) -> chex.ArrayTree:
     """``||U^T g||^2 / ||g||^2`` of every protected leaf, in [0, 1].
 
-    It is 0 where ``||g||^2`` is 0 or not finite: the averages of it would stay NaN.
+    It is 0 where g is 0, or ``U^T g`` is not finite: the averages of it would stay NaN.
     """
     raw = trees.align_structure("basis.raw", space.raw, raw_updates)
 
     def one(g, c):
         if trees.is_masked(c):
             return c
+        g, power = trees.scale_down(g)
+        c = c / power
         total = trees.leaf_vdot(g, g)
         inside = trees.leaf_vdot(c, c)
-        usable = (total > 0) & jnp.isfinite(total)
+        usable = (total > 0) & jnp.isfinite(total) & jnp.isfinite(inside)
         return jnp.where(usable, inside, 0.0) / jnp.where(usable, total, 1.0)
 
     return jax.tree.map(one, raw_updates, raw)

@@ -92,3 +92,19 @@ def test_holes_and_dtypes():
     assert trees.importance_dtype(jnp.bfloat16) == jnp.float32
     zeros = trees.zeros_like({"x": jnp.ones(2, jnp.bfloat16), "n": None}, jnp.float32)
     assert zeros["x"].dtype == jnp.float32 and zeros["n"] is None
+
+
+@pytest.mark.parametrize("size", [2.0**-120, 1e-30, 3.0, 1e30, 3.4e38])
+def test_scale_down_is_exact_and_leaves_the_largest_entry_near_one(size):
+    tree = {"a": jnp.array([size, -size / 3], jnp.float32), "b": jnp.zeros((0, 2))}
+    scaled, power = trees.scale_down(tree)
+    assert 1 <= scaled["a"][0] < 4 and np.frexp(np.float64(power))[0] == 0.5
+    exact = np.asarray(tree["a"], np.float64) / np.float64(power)
+    np.testing.assert_array_equal(np.asarray(scaled["a"], np.float64), exact)
+
+
+@pytest.mark.parametrize("entry", [0.0, 1e-42, np.inf, np.nan])
+def test_scale_down_leaves_alone_what_has_no_largest_entry(entry):
+    scaled, power = trees.scale_down([jnp.array([entry], jnp.bfloat16)])
+    assert power == 1 and scaled[0].dtype == jnp.float32
+    assert trees.scale_down({})[1] == 1

@@ -77,6 +77,51 @@ def test_meters_let_updates_through_and_keep_their_state():
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 
+# Every size of a gradient
+
+SIZES = [1e-30, 1e-20, 1e-11, 1.0, 1e9, 1e20, 1e25, 1e37]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_size_of_a_gradient_does_not_matter(size):
+    g = G * size
+    overlap, leak = optax_cl.measure("overlap"), optax_cl.measure("leak")
+    away, strength = optax_cl.attenuate(0.324), optax_cl.measure("strength")
+    np.testing.assert_allclose(read("overlap", overlap, g=g), share(G), rtol=1e-5)
+    np.testing.assert_allclose(read("leak", leak, g=g), share(G), rtol=1e-5)
+    np.testing.assert_allclose(read("strength", away, strength, g=g), 0.324, rtol=1e-5)
+    for other in (1e-30, 1.0, 1e30):
+        cosine = read(
+            "cosine", optax_cl.measure("cosine"), g=g, reference_updates=-G * other
+        )
+        np.testing.assert_allclose(cosine, -1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_minus_reads_the_overlap_of_every_size_of_gradient(size):
+    rule = optax_cl.one_minus(0.5, decay=0.0)
+    links = [optax_cl.attenuate(rule), optax_cl.measure("strength")]
+    measured = read("strength", *links, g=G * size)
+    np.testing.assert_allclose(measured, 0.5 * (1 - share(G)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("entry", [3.4e38, 1e-45, 0.0])
+def test_meters_are_finite_at_the_ends_of_float32(entry):
+    g = jnp.full((6, 3), entry)
+    for name in ("overlap", "strength", "leak", "cosine"):
+        value = read(name, optax_cl.measure(name), g=g, reference_updates=g)
+        assert np.isfinite(value), name
+
+
+def test_scaling_by_a_power_of_two_changes_no_bit_of_a_meter():
+    with jax.disable_jit():
+        g = G / 8
+        c = BASIS.T @ g
+        plain = jnp.sum(c * c) / jnp.sum(g * g)
+        assert read("leak", optax_cl.measure("leak"), g=g) == float(plain)
+        assert read("overlap", optax_cl.measure("overlap"), g=g) == float(plain)
+
+
 def test_unknown_quantity_is_named():
     with pytest.raises(ValueError, match="`quantity`"):
         optax_cl.measure("mood")
