@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 
 from experiments import engine, run_folder
 from experiments.data import Stream, TextTask
@@ -338,18 +337,3 @@ def test_a_run_killed_between_tasks_ends_as_if_it_had_not_been(
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["eblora", "starts"])
-def test_a_step_compiles_for_cuda_and_tpu(tiny, family):
-    settings, data = tiny
-    made = program.make_program(text.make_bench(settings), arms.FAMILIES[family], 3)
-    arm = next(a for a in arms.ARMS.values() if a.family == family)
-    lanes = arms.make_lanes([(arm, "sequence")], text.STREAMS, (1e-2,), (5,))
-    lane = jax.tree.map(lambda x: x[0], lanes)
-    with jax.numpy_rank_promotion("allow"):
-        carry = jax.eval_shape(made.init, data, lane)
-        export.export(jax.jit(made.step), platforms=["cuda", "tpu"])(
-            data, lane, carry, jnp.int32(0), jnp.int32(0)
-        )
