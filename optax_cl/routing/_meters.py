@@ -100,7 +100,7 @@ def measure(
 def measure_gain(
     inner: optax.GradientTransformation,
     *,
-    b2: jax.typing.ArrayLike = 0.999,
+    b2: jax.typing.ArrayLike | None = None,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     name: str = "gain_inflation",
@@ -109,7 +109,7 @@ def measure_gain(
 
     With :math:`D = \mathrm{diag}(\sqrt{\hat\nu + \bar\epsilon} + \epsilon)` of the
     second moment that ``inner`` uses, and :math:`D_{raw}` of one that reads the raw
-    gradient,
+    gradient and is otherwise advanced by ``inner`` itself, with its own decay,
 
     .. math:: R = \mathrm{mean}_k
        \frac{u_k^T D^{-1} u_k}{u_k^T D_{raw}^{-1} u_k}
@@ -128,8 +128,9 @@ def measure_gain(
     Args:
       inner: A transformation whose state has one ``nu`` and one ``count``
         (``scale_by_decoupled_adam``, ``optax.scale_by_adam``).
-      b2: As given to ``inner``.
-      eps: As given to ``inner``.
+      b2: Not read, since the decay is that of ``inner``; calls may still give it.
+      eps: As given to ``inner``; where it is far below the root of the second moment,
+        it makes no difference.
       eps_root: As given to ``inner``.
       name: Name of the number in the state.
 
@@ -151,7 +152,8 @@ def measure_gain(
       >>> print(optax.tree.get(state, "gain_inflation"))
       1.0
     """
-    checks.check_number("b2", b2, low=0.0, high=1.0, open_high=True)
+    if b2 is not None:
+        checks.check_number("b2", b2, low=0.0, high=1.0, open_high=True)
     checks.check_number("eps", eps, low=0.0)
     checks.check_number("eps_root", eps_root, low=0.0)
     _capture.check_transformation("inner", inner)
@@ -176,10 +178,18 @@ def measure_gain(
     ):
         space = _subspace.require_basis("measure_gain", basis)
         raw = _capture.require_raw("measure_gain", raw_updates, updates)
-        old = state["shadow"].raw_nu
-        shadow = optax.tree.update_moment_per_elem_norm(raw, old, b2, 2)
+        old, extra_args["basis"] = state["shadow"].raw_nu, basis
+
+        def next_nu(nu, g):
+            """What ``inner`` makes of ``nu`` where both of its gradients are g."""
+            replaced = optax.tree.set(state["inner"], nu=nu)
+            _, new = inner.update(g, replaced, params, raw_updates=g, **extra_args)
+            return optax.tree.get(new, "nu")
+
+        shadow = next_nu(old, raw)
+        b2 = _decay(next_nu, updates, old)
         updates, inner_state = inner.update(
-            updates, state["inner"], params, basis=basis, raw_updates=raw, **extra_args
+            updates, state["inner"], params, raw_updates=raw, **extra_args
         )
         count = optax.tree.get(inner_state, "count")
         gain = functools.partial(
@@ -190,7 +200,7 @@ def measure_gain(
         )
         return updates, {
             name: ratio,
-            "shadow": ShadowMomentState(optax.tree.cast_like(shadow, old)),
+            "shadow": ShadowMomentState(shadow),
             "inner": inner_state,
         }
 
@@ -242,6 +252,14 @@ def _cosine(updates, extra_args):
     norms = trees.squared_norm(updates) * trees.squared_norm(reference)
     dot = trees.vdot(updates, reference)
     return jnp.where(norms > 0, dot / jnp.sqrt(jnp.where(norms > 0, norms, 1.0)), 0.0)
+
+
+def _decay(next_nu, updates, nu):
+    """What is left of ones after a gradient of zero: the decay of ``nu``."""
+    ones = jax.tree.map(lambda v: jnp.ones(v.shape, jnp.float32), nu)
+    left = jax.tree.leaves(next_nu(ones, trees.zeros_like(updates)))
+    # One number; the rest of the step is never computed under jit.
+    return jnp.max(jnp.concatenate([jnp.zeros(1), *(v.ravel()[:1] for v in left)]))
 
 
 def _gain(space, nu, *, count, b2, eps, eps_root):

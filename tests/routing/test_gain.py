@@ -193,6 +193,47 @@ def test_gain_meter_changes_nothing_and_keeps_shapes():
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start)
 
 
+@pytest.mark.parametrize("given", [{}, {"b2": 0.999}])
+@pytest.mark.parametrize("b2", [0.0, 0.9, 0.99])
+def test_shadow_decays_as_the_moment_inside_whatever_is_said_of_it(b2, given):
+    # The scale of the gradient grows: another decay would read another scale.
+    grads = normal(0, 40, 8, 2) * jnp.logspace(0, 2, 40)[:, None, None]
+
+    def inflation(strength, eps, **settings):
+        adam = optax_cl.scale_by_decoupled_adam(b2=b2, eps=eps, **settings)
+        meter = optax_cl.measure_gain(adam, eps=eps, **given)
+        tx = optax_cl.protect(8, optax_cl.attenuate(strength), meter)
+        state = install(tx.init(grads[0]), basis=jnp.eye(8))
+        return gain(run(tx, grads, state=state)[1])
+
+    assert inflation(0.5, 1e-8, second_moment="raw") == 1.0
+    shared = inflation(0.5, 1e-8, second_moment="routed")
+    np.testing.assert_allclose(shared, 2.0, rtol=1e-5)
+    # With an eps of its size, the corrected moment counts too.
+    weights = (1 - b2) * b2 ** np.arange(39.0, -1, -1) / (1 - b2**40)
+    root = np.sqrt(np.einsum("t,tij->ij", weights, np.asarray(grads, np.float64) ** 2))
+    expected = np.mean((root + 30) / (root / 2 + 30))
+    shared = inflation(0.5, 30.0, second_moment="routed")
+    np.testing.assert_allclose(shared, expected, rtol=1e-4)
+
+
+def test_decay_is_read_off_masked_and_low_precision_moments():
+    grads = normal(0, 40, 8, 2)
+    inner = optax_cl.scale_by_decoupled_adam(b2=0.9, second_moment="raw")
+    for moments in (optax.masked(inner, True), optax.chain(inner, optax.clip(1.0))):
+        meter = optax_cl.measure_gain(moments)
+        tx = optax_cl.protect(8, optax_cl.attenuate(0.5), meter)
+        state = install(tx.init(grads[0]), basis=jnp.eye(8))
+        assert gain(run(tx, grads, state=state)[1]) == 1.0
+    grads = grads.astype(jnp.bfloat16)
+    adam = optax_cl.scale_by_decoupled_adam(second_moment="routed")
+    tx = optax_cl.protect(8, optax_cl.attenuate(0.5), optax_cl.measure_gain(adam))
+    state = install(tx.init(grads[0]), basis=jnp.eye(8))
+    _, after = run(tx, grads, state=state)
+    np.testing.assert_allclose(gain(after), 2.0, rtol=0.05)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+
+
 def test_gain_is_one_before_the_first_boundary():
     grads = normal(0, 3, 8, 2)
     assert gain(run(metered(0.5, b2=0.9), grads)[1]) == 1.0
