@@ -183,12 +183,16 @@ def factors_of(updates: Any, points: Any, bases: Any) -> Factors:
     return Factors(structure, leaves, memories, list(groups.values()))
 
 
-def on_factors(function: Callable[..., Any], factors: Factors, tree: Any) -> Any:
+def on_factors(
+    function: Callable[..., Any], factors: Factors, tree: Any, *, has_aux: bool = False
+) -> Any:
     """``function(x, z, memory=M)`` at the factors in ``tree``; the rest as it is.
 
-    Factors of one shape are stacked: one program for all layers, however many.
+    Factors of one shape are stacked: one program for all layers, however many. With
+    ``has_aux`` the function returns a pair, whose second entries come back in a list.
     """
     leaves = factors.structure.flatten_up_to(tree)
+    aux = []
     for group in factors.groups:
         present = [i for i in group if not trees.is_hole(leaves[i])]
         if not present:
@@ -198,6 +202,11 @@ def on_factors(function: Callable[..., Any], factors: Factors, tree: Any) -> Any
         memory = None
         if factors.memories[present[0]] is not None:
             memory = jnp.stack([factors.memories[i] for i in present])
-        for i, result in zip(present, function(x, z, memory=memory), strict=True):
+        results = function(x, z, memory=memory)
+        if has_aux:
+            results, beside = results
+            aux.append(beside)
+        for i, result in zip(present, results, strict=True):
             leaves[i] = result
-    return factors.structure.unflatten(leaves)
+    mapped = factors.structure.unflatten(leaves)
+    return (mapped, aux) if has_aux else mapped
