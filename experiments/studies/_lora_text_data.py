@@ -67,6 +67,14 @@ class Data(NamedTuple):
     writer: free.Writer | None = None  # for tasks with free answers
 
 
+class Form(NamedTuple):
+    """How texts become examples."""
+
+    tokenizer: Any  # the model's
+    length: int  # tokens of an example; texts are cut to what fits
+    answer: free.Answer = free.NONE  # how long free answers are and how they end
+
+
 class Settings(NamedTuple):
     """What fixes the shapes."""
 
@@ -77,6 +85,26 @@ class Settings(NamedTuple):
     tasks: int  # of a sequence
     examples: int  # that a start or a memory reads, of each task
     answer: free.Answer = free.NONE
+
+
+class Network(NamedTuple):
+    """The last layers as they are at one moment of learning."""
+
+    config: llama.LlamaConfig
+    params: Any  # all of them, the adapted kernels too
+    targets: Any = None  # with adapters: what they adapt
+    adapters: Any = None
+
+
+def network(
+    settings: Settings,
+    data: Data,
+    params: Any,
+    targets: Any = None,
+    adapters: Any = None,
+) -> Network:
+    """The last layers with these adapted kernels, and adapters on them if there are."""
+    return Network(settings.config, join(data.frozen, params), targets, adapters)
 
 
 def split(params: chex.ArrayTree, pattern: str) -> tuple[Any, Any]:
@@ -99,12 +127,7 @@ def join(frozen: Any, adapted: Any) -> Any:
 
 
 def encode(
-    tasks: tuple[TextTask, ...],
-    tokenizer: Any,
-    length: int,
-    train: int,
-    test: int,
-    answer: free.Answer = free.NONE,
+    tasks: tuple[TextTask, ...], form: Form, train: int, test: int
 ) -> tuple[np.ndarray, Examples, Examples]:
     """Words and examples of the tasks as tokens.
 
@@ -112,11 +135,9 @@ def encode(
 
     Args:
       tasks: The tasks.
-      tokenizer: The model's.
-      length: Tokens of an example; texts are cut to what fits.
+      form: How texts become examples.
       train: How many examples for training.
       test: How many for testing; repeated ones have no answer there.
-      answer: How long free answers are and how they end.
 
     Raises:
       ValueError: If two words of a task start with the same token, or no text fits.
@@ -124,27 +145,20 @@ def encode(
     most = max(1, *(len(task.answers) for task in tasks))
     words = np.full([len(tasks), most], -1, np.int32)
     for i, task in enumerate(tasks):
-        first = [tokenizer.encode(f" {word}").ids[0] for word in task.answers]
+        first = [form.tokenizer.encode(f" {word}").ids[0] for word in task.answers]
         if len(set(first)) < len(first):
             raise ValueError(
                 f"two answers of {task.name} start with the same token: "
                 f"{', '.join(task.answers)}. Leave the task out."
             )
         words[i, : len(first)] = first
-    asked = 1 if all(task.answers for task in tasks) else answer.tokens
+    if all(task.answers for task in tasks):
+        form = form._replace(answer=form.answer._replace(tokens=1))
     parts = []
     for part, count in (("train", train), ("test", test)):
         encoded = [
             _repeat(
-                _examples(
-                    task,
-                    chosen(getattr(task, part), count),
-                    first,
-                    tokenizer,
-                    length,
-                    answer._replace(tokens=asked),
-                ),
-                count,
+                _examples(task, chosen(getattr(task, part), count), first, form), count
             )
             for task, first in zip(tasks, words, strict=True)
         ]
@@ -158,7 +172,8 @@ def chosen(rows: Sequence[_Row], count: int) -> tuple[_Row, ...]:
     return tuple(rows[i] for i in order[:count])
 
 
-def _examples(task, rows, words, tokenizer, length, answer):
+def _examples(task, rows, words, form):
+    tokenizer, length, answer = form
     before = tokenizer.encode(f"{task.question}\n").ids
     after = tokenizer.encode("\nAnswer:").ids
     # The last token of an answer is asked for and not read.
@@ -195,14 +210,14 @@ def _repeat(examples, count):
     return examples
 
 
-def windows(stream: Stream, tokenizer: Any, length: int, count: int) -> Examples:
+def windows(stream: Stream, form: Form, count: int) -> Examples:
     """Held-out text of all domains of a stream, asked what goes on here and there."""
-    found = []
+    length, found = form.length, []
     for i in range(count):
         text = stream.heldout[i % len(stream.heldout)].tobytes()
         start = 1000 * (i // len(stream.heldout))
         piece = text[start : start + 20 * length].decode("utf-8", "ignore")
-        found.append(tokenizer.encode(piece).ids[:length])
+        found.append(form.tokenizer.encode(piece).ids[:length])
     tokens = np.array(found, np.int32)
     # In the second half, where there is something to go by.
     where = np.linspace(length // 2, length - 2, _GENERAL_ASKED).astype(np.int32)
@@ -266,7 +281,8 @@ def make_bench(settings: Settings) -> Bench:
 
     def losses(data, lane, params, batch, targets, adapters):
         del lane
-        return answer_losses(settings, data, params, batch, targets, adapters)
+        net = network(settings, data, params, targets, adapters)
+        return answer_losses(net, batch)
 
     def first(data, lane, task, count):
         source = data.order[lane.problem, task]
@@ -280,18 +296,19 @@ def make_bench(settings: Settings) -> Bench:
     def evaluate(data, lane, params, targets, stack):
         sources = data.order[lane.problem]
 
-        def one(pair):
-            source, adapters = pair
-            return _accuracy(settings, data, params, source, targets, adapters)
-
-        right = jax.lax.map(one, (sources, stack))
-        general = answer_losses(settings, data, params, data.general, None, None)
-        found = {"accuracy": right, "base": general.mean()}
-        if data.writer is not None:
-            found["written"] = jax.lax.map(
-                lambda pair: _written(settings, data, params, targets, *pair),
+        def each(measure):
+            """``measure(data, task, net)`` of every task with its adapters, if any."""
+            return jax.lax.map(
+                lambda pair: measure(
+                    data, pair[0], network(settings, data, params, targets, pair[1])
+                ),
                 (sources, stack),
             )
+
+        general = answer_losses(network(settings, data, params), data.general)
+        found = {"accuracy": each(_accuracy), "base": general.mean()}
+        if data.writer is not None:
+            found["written"] = each(partial(_written, settings.answer))
         return found
 
     return Bench(
@@ -320,53 +337,36 @@ def _name(path):
     return "/".join(str(entry.key) for entry in path)
 
 
-def answer_losses(
-    settings: Settings,
-    data: Data,
-    params: Any,
-    batch: Examples,
-    targets: Any,
-    adapters: Any,
-) -> chex.Array:
+def answer_losses(net: Network, batch: Examples) -> chex.Array:
     """Nats per token asked for, of each example."""
-    losses = token_losses(settings, data, params, batch, targets, adapters)
     asked = (batch.target >= 0).sum(-1)
-    return losses.sum(-1) / jnp.maximum(asked, 1)
+    return token_losses(net, batch).sum(-1) / jnp.maximum(asked, 1)
 
 
-def token_losses(
-    settings: Settings,
-    data: Data,
-    params: Any,
-    batch: Examples,
-    targets: Any,
-    adapters: Any,
-) -> chex.Array:
+def token_losses(net: Network, batch: Examples) -> chex.Array:
     """Nats of each token asked for, ``[B, asked]``; zero where there is none."""
-    whole, hidden = _features(settings, data, params, batch, targets, adapters)
     losses = optax.softmax_cross_entropy_with_integer_labels(
-        llama.unembed(whole, hidden), jnp.maximum(batch.target, 0)
+        llama.unembed(net.params, _features(net, batch)), jnp.maximum(batch.target, 0)
     )
     return losses * (batch.target >= 0)
 
 
-def _features(settings, data, params, batch, targets, adapters):
-    """The parameters, and ``[B, asked, width]`` where something is asked."""
-    whole = join(data.frozen, params)
+def _features(net, batch):
+    """``[B, asked, width]`` where something is asked."""
     stream = batch.inputs
     if jnp.issubdtype(stream.dtype, jnp.integer):
-        stream = llama.trunk(settings.config, whole, stream, 0)
-    hidden = llama.rest(settings.config, whole, stream, adapters, targets, batch.where)
-    return whole, hidden
+        stream = llama.trunk(net.config, net.params, stream, 0)
+    return llama.rest(
+        net.config, net.params, stream, net.adapters, net.targets, batch.where
+    )
 
 
-def _accuracy(settings, data, params, task, targets, adapters):
+def _accuracy(data, task, net):
     words = data.words[task]
 
     def right(example):
-        one = jax.tree.map(lambda x: x[None], example)
-        whole, hidden = _features(settings, data, params, one, targets, adapters)
-        logits = whole["embed"]["embedding"][words] @ hidden[0, 0]
+        hidden = _features(net, jax.tree.map(lambda x: x[None], example))
+        logits = net.params["embed"]["embedding"][words] @ hidden[0, 0]
         return jnp.where(words >= 0, logits, -jnp.inf).argmax() == example.answer
 
     examples = jax.tree.map(lambda x: x[task], data.test)
@@ -374,8 +374,8 @@ def _accuracy(settings, data, params, task, targets, adapters):
     return found.sum() / jnp.maximum((examples.answer >= 0).sum(), 1)
 
 
-def _written(settings, data, params, targets, task, adapters):
-    whole = join(data.frozen, params)
-    if adapters is not None:
-        whole = lora.merge(targets, whole, adapters)
-    return free.write(settings.config, data.writer, settings.answer, task, whole)
+def _written(answer, data, task, net):
+    whole = net.params
+    if net.adapters is not None:
+        whole = lora.merge(net.targets, whole, net.adapters)
+    return free.write(net.config, data.writer, answer, task, whole)

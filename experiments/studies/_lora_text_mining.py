@@ -87,8 +87,8 @@ def warm_up(
         batch = jax.tree.map(lambda x: x[task, example], data.train)
 
         def loss(params):
-            each = _word_losses(settings, data, params, batch, data.words[task, :2])
-            return each.mean()
+            net = text.network(settings, data, params)
+            return _word_losses(net, batch, data.words[task, :2]).mean()
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = tx.update(gradient, state, params)
@@ -104,13 +104,13 @@ def warm_up(
     return params, np.asarray(losses)
 
 
-def _word_losses(settings, data, params, batch, words):
+def _word_losses(net, batch, words):
     """Loss of each example if it asked for each of two words ``[B, 2]``, as ``[B, 2]``.
 
     The words are asked for at one place, as two targets of it.
     """
     both = batch._replace(where=jnp.repeat(batch.where[:, :1], 2, axis=1), target=words)
-    return text.token_losses(settings, data, params, both, None, None)
+    return text.token_losses(net, both)
 
 
 def odds(settings: text.Settings, data: text.Data) -> Odds:
@@ -120,7 +120,8 @@ def odds(settings: text.Settings, data: text.Data) -> Odds:
     def ask(data, task):
         batch = jax.tree.map(lambda x: x[task], data.train)
         words = jnp.tile(data.words[task, :2], [len(batch.answer), 1])
-        scores = -_word_losses(settings, data, data.adapted, batch, words)
+        net = text.network(settings, data, data.adapted)
+        scores = -_word_losses(net, batch, words)
         both = jax.nn.logsumexp(scores, axis=1)
         right = (scores.argmax(1) == batch.answer).mean()
         yes = jnp.exp(scores[:, 1] - both).mean()
@@ -135,7 +136,7 @@ def general_loss(settings: text.Settings, data: text.Data) -> float:
     """Nats per token on text of no task."""
     loss = jax.jit(
         lambda data: text.answer_losses(
-            settings, data, data.adapted, data.general, None, None
+            text.network(settings, data, data.adapted), data.general
         ).mean()
     )
     return float(loss(jax.tree.map(jnp.asarray, data)))
@@ -147,22 +148,23 @@ def mine(settings: text.Settings, data: text.Data, examples: int) -> np.ndarray:
         data.adapted, {settings.pattern: 1}, alpha=1.0, matrices=text.views()
     )
     data = jax.tree.map(jnp.asarray, data)
-    count = max(1, examples // settings.batch)
+    # Questions about a rare class have few texts.
+    there = data.train.answer.shape[1]
+    size = min(settings.batch, there)
+    count = max(1, min(examples, there) // size)
 
     @jax.jit
     def gradient(data, task):
         def losses(params, weighted):
             weight, batch = weighted
-            each = text.answer_losses(settings, data, params, batch, None, None)
-            return weight * each
+            net = text.network(settings, data, params)
+            return weight * text.answer_losses(net, batch)
 
-        batch = jax.tree.map(lambda x: x[task, : count * settings.batch], data.train)
+        batch = jax.tree.map(lambda x: x[task, : count * size], data.train)
         # Yes and no count the same, however many there are.
         same = batch.answer[:, None] == batch.answer[None]
         weighted = 0.5 / same.mean(1), batch
-        stacked = jax.tree.map(
-            lambda x: x.reshape(count, settings.batch, *x.shape[1:]), weighted
-        )
+        stacked = jax.tree.map(lambda x: x.reshape(count, size, *x.shape[1:]), weighted)
         return lora.mean_gradients(targets, losses, data.adapted, stacked, stacked=True)
 
     flat = []

@@ -35,14 +35,13 @@ accuracy on a tuning order (or mined pair), which is not reported.
 import dataclasses
 import difflib
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from experiments import data, engine, run_folder
-from experiments.models import llama, smollm2
+from experiments.models import smollm2
 from experiments.studies import Study, field
 from experiments.studies import _lora_arms as arms
 from experiments.studies import _lora_program as program
@@ -50,11 +49,14 @@ from experiments.studies import _lora_report as reporting
 from experiments.studies import _lora_results as results
 from experiments.studies import _lora_text_data as text
 from experiments.studies import _lora_text_generation as free
-from experiments.studies import _lora_text_mining as mining
+from experiments.studies import _lora_text_materials as materials
 from experiments.studies import _lora_text_mining_report as mining_report
 
-_ATTENTION = r"layers/(q|k|v|o)/kernel"
-_ALL = r"layers/(q|k|v|o|gate|up|down)/kernel"
+# What is adapted in each layer that is.
+_KERNELS = {
+    "small": ("q", "k", "v", "o"),
+    "full": ("q", "k", "v", "o", "gate", "up", "down"),
+}
 QUICK = ("LoRA", "EBLoRA", "init LoRA-GA", "SLICE 1")
 CORE = (
     "LoRA",
@@ -76,14 +78,9 @@ _MINED = (
     "SLICE global",
     "always project",
 )
-_GENERAL_WINDOWS = 32
-_TRUNK = "trunk"  # folder of what enters the adapted layers, while a run lasts
-_RANK = 8
-_EXAMPLES = 32  # that a start or a memory reads, of each task
 # Adam moves each entry of an orthonormal factor, and the magnitude that all directions
 # share, by the rate; in the same number of steps A and B get much further from zero.
 _RATE_SCALES = {"eblora": 10.0}
-_WARM_RATE = 1e-4  # of the kernels, while they learn to answer yes or no
 
 _STREAM_WORDS = {
     "sequence": "text tasks one after another",
@@ -229,17 +226,19 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
     if size["layers"] > model.config.layers:
         raise ValueError(f"`--layers` must be at most {model.config.layers}.")
     for stream in config.streams:
-        bench = _Bench(model, config, size, folder, context.progress.say)
+        made_from = materials.Materials(
+            model, size, _KERNELS[config.size], folder, context.progress.say
+        )
         if stream == "sequence":
             # Of tasks with fewer texts than others, texts come again.
             counts = (
                 min(size[part], max(len(getattr(task, part)) for task in tasks))
                 for part in ("train", "test")
             )
-            settings, arrays = bench.data(stream, tasks, *counts)
+            settings, arrays = made_from.data(stream, tasks, *counts)
             arrays = arrays._replace(order=_orders(config, tasks, seeds))
         else:
-            settings, arrays = bench.mined(tasks, len(tuning), len(reported))
+            settings, arrays = made_from.mined(tasks, len(tuning), len(reported))
         settings = settings._replace(tasks=work[stream])
         for name, pairs in chosen.items():
             if pairs[0][1] == stream:
@@ -267,7 +266,7 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
                 for task in tasks
             ]
             free.record(folder, own, taken, arrays.order, settings.answer, model)
-    shutil.rmtree(folder / _TRUNK, ignore_errors=True)
+    shutil.rmtree(folder / materials.TRUNK, ignore_errors=True)
     return reporting.summarize(_load(folder, config))
 
 
@@ -278,100 +277,14 @@ def _load(folder, config):
     return free.with_rouge(loaded, folder, chosen)
 
 
-class _Bench(NamedTuple):
-    """What both streams are made from."""
-
-    model: smollm2.SmolLM2
-    config: Config
-    size: dict[str, int]
-    folder: Path
-    say: Callable[[str], None]
-
-    def data(self, name, tasks, train, test):
-        """Settings and arrays of some tasks, at the pre-trained weights."""
-        size, whole = self.size, self.model.config
-        form = free.Answer(size["answer"], self.model.stop)
-        try:
-            words, *parts = text.encode(
-                tasks, self.model.tokenizer, size["length"], train, test, form
-            )
-        except ValueError as error:
-            raise run_folder.RunError(str(error)) from error
-        last, params = llama.last_layers(whole, self.model.params, size["layers"])
-        pattern = _ALL if self.config.size == "full" else _ATTENTION
-        settings = text.Settings(
-            last, pattern, _RANK, size["batch"], len(tasks), _EXAMPLES, form
-        )
-        writer = free.make_writer(
-            self.model.params, size["layers"], tasks, parts[1].inputs, parts[1].where
-        )
-        mini = data.load_stream("mini8")
-        parts.append(
-            text.windows(mini, self.model.tokenizer, size["length"], _GENERAL_WINDOWS)
-        )
-        self.say(f"{name}: texts go through the layers that are not adapted")
-        train, test, general = (
-            text.read(
-                whole,
-                self.model.params,
-                part,
-                size["layers"],
-                self.folder / _TRUNK / f"{name}-{i}.npy",
-            )
-            for i, part in enumerate(parts)
-        )
-        no_order = np.zeros([1, 1], np.int32)
-        arrays = text.Data(
-            *text.split(params, pattern), words, train, test, general, no_order, writer
-        )
-        return settings, arrays
-
-    def mined(self, tasks, tuning, reported):
-        """The pairs of least cosine after the format was learnt; leaves a record."""
-        pool = mining.yes_no_pool(tasks)
-        settings, arrays = self.data("pool", pool, *_fewest(pool, _EXAMPLES, 1))
-        warm, losses = mining.warm_up(settings, arrays, self.size["warm"], _WARM_RATE)
-        record: dict[str, Any] = {
-            "names": [task.name for task in pool],
-            "losses": losses,
-        }
-        for when, adapted in (("before", arrays.adapted), ("after", warm)):
-            at = arrays._replace(adapted=adapted)
-            record[when] = {
-                "cosines": mining.mine(settings, at, _EXAMPLES),
-                "general": mining.general_loss(settings, at),
-                **mining.odds(settings, at)._asdict(),
-            }
-        cosines = record["after"]["cosines"]
-        pairs = mining.conflicting_pairs(cosines, tuning + reported)
-        record["pairs"] = pairs[:reported]
-        run_folder.write_json(self.folder / "mined.json", record)
-        # Those of least cosine are reported.
-        pairs = np.concatenate([pairs[reported:], pairs[:reported]])
-        chosen = tuple(pool[i] for i in pairs.flat)
-        counts = _fewest(chosen, self.size["train"], self.size["test"])
-        settings, arrays = self.data("mined", chosen, *counts)
-        order = np.arange(pairs.size, dtype=np.int32).reshape(pairs.shape)
-        return settings, arrays._replace(adapted=warm, order=order)
-
-
-def _fewest(tasks, train, test):
-    """Texts of each part, as many as asked for or as the shortest task has."""
-    fewest = (min(len(getattr(t, part)) for t in tasks) for part in ("train", "test"))
-    return tuple(map(min, fewest, (train, test)))
-
-
 def report(folder: Path):
     """Tables, figures and claims of a finished run."""
     config = run_folder.read_config(folder, Config)
     size = sized(config)
-    kernels = ("q", "k", "v", "o")
-    if config.size == "full":
-        kernels += ("gate", "up", "down")
     # Matrices come by path, and within a path by layer.
     groups = {
         name: [size["layers"] * index + layer for layer in range(size["layers"])]
-        for index, name in enumerate(sorted(kernels))
+        for index, name in enumerate(sorted(_KERNELS[config.size]))
     }
     base_note = "General loss: nats per token on text of no task, at the end."
     if config.source != "text6":

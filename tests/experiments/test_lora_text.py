@@ -9,16 +9,20 @@ import pytest
 
 from experiments import engine, run_folder
 from experiments.data import Stream, TextTask
-from experiments.models import llama
+from experiments.models import llama, smollm2
 from experiments.progress import Progress
 from experiments.studies import _lora_arms as arms
 from experiments.studies import _lora_program as program
 from experiments.studies import _lora_results as results
 from experiments.studies import _lora_text_data as text
+from experiments.studies import _lora_text_materials as materials
 from experiments.studies import _lora_text_mining as mining
 from experiments.studies import lora_text
 
 PATTERN = r"layers/(q|k|v|o)/kernel"
+CONFIG = llama.LlamaConfig.tiny()
+PARAMS = llama.init(CONFIG, jax.random.key(0))
+LAST = 2
 
 
 class Words:
@@ -39,7 +43,7 @@ def task(name="films", answers=("bad", "good"), count=20, question="Is it good?"
 
 def test_an_example_is_question_cut_text_and_the_place_of_its_answer():
     tokenizer = Words()
-    words, train, test = text.encode((task(),), tokenizer, 16, 8, 4)
+    words, train, test = text.encode((task(),), text.Form(tokenizer, 16), 8, 4)
     names = {number: word for word, number in tokenizer.known.items()}
     assert train.inputs.shape == (1, 8, 16)
     assert test.inputs.shape == (1, 4, 16)
@@ -53,7 +57,7 @@ def test_an_example_is_question_cut_text_and_the_place_of_its_answer():
 
 def test_the_place_after_the_question_asks_for_the_right_word():
     tasks = (task(), task("topics", ("a", "b", "c")))
-    words, train, _ = text.encode(tasks, Words(), 16, 6, 6)
+    words, train, _ = text.encode(tasks, text.Form(Words(), 16), 6, 6)
     assert train.where.shape == train.target.shape == (2, 6, 1)
     for row, answers, targets in zip(words, train.answer, train.target, strict=True):
         np.testing.assert_array_equal(row[answers], targets[:, 0])
@@ -62,7 +66,7 @@ def test_the_place_after_the_question_asks_for_the_right_word():
 def test_text_of_no_task_asks_for_its_own_next_tokens():
     piece = np.frombuffer(b"a b c d e f g h " * 90, np.uint8)
     stream = Stream(("one", "two"), (piece, piece), (piece, piece))
-    general = text.windows(stream, Words(), 32, 3)
+    general = text.windows(stream, text.Form(Words(), 32), 3)
     assert general.inputs.shape == (3, 32)
     np.testing.assert_array_equal(
         np.take_along_axis(general.inputs, general.where + 1, axis=1), general.target
@@ -72,19 +76,21 @@ def test_text_of_no_task_asks_for_its_own_next_tokens():
 
 def test_missing_answers_are_marked_and_never_chosen():
     tasks = (task(), task("topics", ("a", "b", "c")))
-    words, *_ = text.encode(tasks, Words(), 16, 6, 6)
+    words, *_ = text.encode(tasks, text.Form(Words(), 16), 6, 6)
     assert words[0, 2] == -1
     assert (words[1] >= 0).all()
 
 
 def test_answers_that_start_alike_are_refused():
     with pytest.raises(ValueError, match="start with the same token"):
-        text.encode((task(answers=("very bad", "very good")),), Words(), 16, 4, 4)
+        text.encode(
+            (task(answers=("very bad", "very good")),), text.Form(Words(), 16), 4, 4
+        )
 
 
 def test_a_length_without_room_for_text_is_refused():
     with pytest.raises(ValueError, match="leaves no room for a text"):
-        text.encode((task(),), Words(), 9, 4, 4)
+        text.encode((task(),), text.Form(Words(), 9), 4, 4)
 
 
 def test_the_pool_asks_about_every_class_as_often_yes_as_no():
@@ -114,6 +120,41 @@ def test_mined_pairs_have_the_lowest_cosines_and_share_no_task():
         mining.conflicting_pairs(cosines, 4)
 
 
+class FewWords(Words):
+    """The same, for a model that knows so many."""
+
+    def encode(self, given):
+        ids = super().encode(given).ids
+        return types.SimpleNamespace(ids=[i % CONFIG.vocabulary for i in ids])
+
+
+def test_the_pairs_of_least_cosine_are_reported_and_come_last(tmp_path):
+    size = {"layers": LAST, "length": 16, "batch": 4, "answer": 4}
+    size |= {"warm": 2, "train": 8, "test": 4}
+    model = smollm2.SmolLM2(CONFIG, PARAMS, FewWords(), 0)
+    made = materials.Materials(model, size, ("q", "k", "v", "o"), tmp_path, str)
+    tasks = (task("a", ("p", "q")), task("b", ("x", "y", "z"), count=30))
+    settings, arrays = made.mined(tasks, tuning=1, reported=1)
+
+    record = run_folder.read_json(tmp_path / "mined.json")
+    assert len(record["names"]) == 5
+    pairs = mining.conflicting_pairs(np.array(record["after"]["cosines"]), 2)
+    np.testing.assert_array_equal(record["pairs"], pairs[:1])
+    np.testing.assert_array_equal(arrays.order, [[0, 1], [2, 3]])
+    pool = mining.yes_no_pool(tasks)
+    chosen = tuple(pool[i] for i in (*pairs[1], *pairs[0]))
+    form = text.Form(model.tokenizer, size["length"], settings.answer)
+    _, train, test = text.encode(chosen, form, 8, 4)
+    np.testing.assert_array_equal(arrays.train.answer, train.answer)
+    np.testing.assert_array_equal(arrays.test.answer, test.answer)
+    # The kernels have learnt the format.
+    before = text.split(llama.last_layers(CONFIG, PARAMS, LAST)[1], settings.pattern)[1]
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), arrays.adapted, before
+    )
+    assert min(jax.tree.leaves(moved)) > 0
+
+
 def test_parameters_are_split_at_the_adapted_kernels_and_joined_again():
     params = llama.init(llama.LlamaConfig.tiny(), jax.random.key(0))
     frozen, adapted = text.split(params, PATTERN)
@@ -127,16 +168,11 @@ def test_more_rates_than_one_need_tuning_orders():
         lora_text.check(lora_text.Config(rates=(1e-3, 1e-2), tuning=0))
 
 
-CONFIG = llama.LlamaConfig.tiny()
-PARAMS = llama.init(CONFIG, jax.random.key(0))
-LAST = 2
-
-
 @pytest.fixture(scope="module")
 def tokens():
     """Words, training and test examples of two tasks, and text of none, as tokens."""
     tasks = tuple(task(name, count=32) for name in ("one", "two"))
-    words, train, test = text.encode(tasks, Words(), 16, 32, 16)
+    words, train, test = text.encode(tasks, text.Form(Words(), 16), 32, 16)
     # Every token must be one of the model's.
     cap = lambda x: np.minimum(x, CONFIG.vocabulary - 1)  # noqa: E731
     train, test = (
@@ -176,7 +212,7 @@ def test_streams_take_the_place_of_tokens_and_lose_the_same(tokens, tiny):
     whole = text.Data(frozen, adapted, words, *parts, data.order)
     first = lambda x: x[0, :5]  # noqa: E731
     losses = [
-        text.answer_losses(s, d, d.adapted, jax.tree.map(first, d.train), None, None)
+        text.answer_losses(text.network(s, d, d.adapted), jax.tree.map(first, d.train))
         for s, d in ((settings, data), (settings._replace(config=CONFIG), whole))
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -199,7 +235,8 @@ def test_streams_are_read_once(tokens, tmp_path, monkeypatch):
 
 def test_the_loss_is_the_mean_over_what_is_asked(tiny):
     settings, data = tiny
-    losses = text.answer_losses(settings, data, data.adapted, data.general, None, None)
+    net = text.network(settings, data, data.adapted)
+    losses = text.answer_losses(net, data.general)
     whole = text.join(data.frozen, data.adapted)
     hidden = llama.rest(settings.config, whole, jnp.asarray(data.general.inputs))
     table = np.float64(whole["embed"]["embedding"])
@@ -214,7 +251,7 @@ def test_the_loss_is_the_mean_over_what_is_asked(tiny):
 
 def test_accuracy_compares_the_words_of_the_task_only(tiny):
     settings, data = tiny
-    right = text._accuracy(settings, data, data.adapted, 0, None, None)
+    right = text._accuracy(data, 0, text.network(settings, data, data.adapted))
     whole = text.join(data.frozen, data.adapted)
     hidden = llama.rest(settings.config, whole, jnp.asarray(data.test.inputs[0]))
     at = np.take_along_axis(hidden, data.test.where[0][..., None], axis=1)[:, 0]
@@ -226,6 +263,16 @@ def test_cosines_of_gradients_are_one_with_themselves_and_symmetric(tiny):
     cosines = mining.mine(*tiny, 8)
     np.testing.assert_allclose(np.diag(cosines), 1.0, rtol=1e-6)
     np.testing.assert_allclose(cosines, cosines.T)
+
+
+@pytest.mark.parametrize("examples", [8, 30, 300])
+def test_questions_with_few_texts_are_compared_on_what_they_have(tiny, examples):
+    settings, data = tiny
+    settings = settings._replace(batch=12)
+    few = jax.tree.map(lambda x: x[:, :10], data.train)
+    cosines = mining.mine(settings, data._replace(train=few), examples)
+    whole = mining.mine(settings._replace(batch=10), data._replace(train=few), 10)
+    np.testing.assert_array_equal(cosines, whole)
 
 
 @pytest.fixture(scope="module")
