@@ -13,8 +13,11 @@ pairs, and the rule for 16 domains, were added after the run on mini8 was seen.
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
-from experiments.claims import Claim, format_number
+import numpy as np
+
+from experiments.claims import Claim, Verdict, format_number
 from experiments.studies import _stream_results as measured
 from experiments.studies._stream_results import ArmResults
 from optax_cl import metrics
@@ -95,31 +98,45 @@ def _needs(*names: str):
 
 def _words(row: Callable) -> str:
     """The claim itself: the docstring of the function that judges it."""
-    return " ".join(row.__doc__.split())
+    return " ".join((row.__doc__ or "").split())
 
 
-def _verdict(found: bool) -> str:
+def _verdict(found: bool) -> Verdict:
     return "reproduced" if found else "not reproduced"
 
 
-def _forgetting(results: Results, name: str, other: str = "vanilla"):
-    return metrics.paired_difference(
-        results[name].forgetting, results[other].forgetting
-    )
+class _Pair(NamedTuple):
+    """A mean over seeds and its standard error."""
+
+    mean: float
+    se: float
+
+    def __str__(self):
+        return ("" if self.mean < 0 else "+") + format_number(*self)
 
 
-def _signed(mean: float, se: float) -> str:
-    return ("" if mean < 0 else "+") + format_number(float(mean), float(se))
+def _over_seeds(values: np.ndarray) -> _Pair:
+    mean, se = metrics.mean_and_error(values)
+    return _Pair(float(mean), float(se))
+
+
+def _forgetting(results: Results, name: str, other: str = "vanilla") -> _Pair:
+    return _over_seeds(results[name].forgetting - results[other].forgetting)
+
+
+def _learning(results: Results, name: str, other: str = "vanilla") -> _Pair:
+    return _over_seeds(results[name].learning - results[other].learning)
+
+
+def _final(results: Results, name: str, other: str = "vanilla") -> _Pair:
+    return _over_seeds(results[name].final - results[other].final)
 
 
 def _beside(results: Results, name: str, other: str = "vanilla") -> str:
     """What a difference in forgetting means nothing without."""
-    ours, theirs = results[name], results[other]
-    learning = metrics.paired_difference(ours.learning, theirs.learning)
-    final = metrics.paired_difference(ours.final, theirs.final)
     return (
-        f"the same in loss right after learning: {_signed(*learning)}, in final loss: "
-        f"{_signed(*final)}"
+        f"the same in loss right after learning: {_learning(results, name, other)}, in "
+        f"final loss: {_final(results, name, other)}"
     )
 
 
@@ -140,8 +157,8 @@ def _shared_is_close_to_vanilla(results: Results) -> Claim:
         _words(_shared_is_close_to_vanilla),
         SOURCE,
         f"forgetting, minus vanilla: {', '.join(names)} (shown: {least})",
-        float(pairs[least].mean),
-        float(pairs[least].se),
+        pairs[least].mean,
+        pairs[least].se,
         _verdict(found),
         f"{_share(results, pairs[least].mean)}; published: -3 % to -5 %; counted as "
         f"close: within {_CLOSE:.0%}; {_beside(results, least)}",
@@ -156,8 +173,8 @@ def _fixed_decoupling_is_worse(results: Results) -> Claim:
         _words(_fixed_decoupling_is_worse),
         SOURCE,
         "forgetting, minus vanilla: raw-0.5",
-        float(pair.mean),
-        float(pair.se),
+        pair.mean,
+        pair.se,
         _verdict(pair.mean > 2 * pair.se),
         f"{_share(results, pair.mean)}; published: +7 %; {_beside(results, 'raw-0.5')}",
     )
@@ -172,9 +189,9 @@ def _adaptive_is_stable(results: Results) -> Claim:
         _words(_adaptive_is_stable),
         SOURCE,
         "forgetting, minus vanilla: one_minus-raw",
-        float(pair.mean),
-        float(pair.se),
-        _verdict(bool(enough and -pair.mean > 2 * pair.se)),
+        pair.mean,
+        pair.se,
+        _verdict(enough and -pair.mean > 2 * pair.se),
         f"{_share(results, pair.mean)}; published: -29 %; the strength is largest "
         f"where overlap is low; {_beside(results, 'one_minus-raw')}",
     )
@@ -198,8 +215,8 @@ def _replay_is_the_best_shared(results: Results) -> Claim:
         _words(_replay_is_the_best_shared),
         SOURCE,
         f"forgetting, replay-shared minus the next best shared arm ({best})",
-        float(pair.mean),
-        float(pair.se),
+        pair.mean,
+        pair.se,
         _verdict(-pair.mean > 2 * pair.se),
         f"compared: {', '.join(others)}; {_beside(results, 'replay-shared', best)}",
     )
@@ -214,8 +231,8 @@ def _replay_stays_behind(results: Results) -> Claim:
         _words(_replay_stays_behind),
         SOURCE,
         "forgetting, replay-shared minus one_minus-raw",
-        float(pair.mean),
-        float(pair.se),
+        pair.mean,
+        pair.se,
         _verdict(pair.mean > 2 * pair.se),
         f"replay-shared: {_share(results, own.mean)}; published: -12 %; "
         f"{_beside(results, 'replay-shared', 'one_minus-raw')}",
@@ -259,13 +276,13 @@ def _gain_inflation(results: Results) -> Claim:
                 f"the overlap s = {overlap:.2f} [1-a(2-a)s]^(-1/2) = {refined:.2f}"
             )
     worst = max(deviations, key=lambda d: abs(d.mean()))
-    pair = metrics.mean_and_error(worst)
+    pair = _over_seeds(worst)
     return Claim(
         _words(_gain_inflation),
         SOURCE,
         "R (1-a) - 1 under shared routing, mean over the last domain, worst strength",
-        float(pair.mean),
-        float(pair.se),
+        pair.mean,
+        pair.se,
         _verdict(all(abs(d.mean()) <= _LAW for d in deviations)),
         "; ".join(notes) + "; the law alone: study alpha_sweep",
     )
@@ -281,8 +298,8 @@ def _decoupling_helps(results: Results, what: str, method: str) -> Claim:
         words,
         SOURCE,
         f"forgetting, {names[0]} minus {names[1]}",
-        float(pair.mean),
-        float(pair.se),
+        pair.mean,
+        pair.se,
         _verdict(-pair.mean > 2 * pair.se),
         _beside(results, *names),
     )
@@ -302,8 +319,8 @@ def _sixteen_domains(results: Results) -> Claim:
         words,
         SOURCE,
         f"forgetting, {best} minus one_minus-raw, on {tasks} domains",
-        float(gain.mean),
-        float(gain.se),
+        gain.mean,
+        gain.se,
         "not testable here",
     )
     if tasks != _MANY_DOMAINS:
@@ -316,15 +333,14 @@ def _sixteen_domains(results: Results) -> Claim:
             f"all fixed strengths, not of {', '.join(shared)}: needs the core arms, or "
             "all"
         )
-    before, before_se = _GAIN_ON_EIGHT[frozenset(shared)]
+    before = _Pair(*_GAIN_ON_EIGHT[frozenset(shared)])
     # Other text in other orders: two independent means.
-    growth, growth_se = gain.mean - before, math.hypot(gain.se, before_se)
-    found = gain.mean > 2 * gain.se and growth > 2 * growth_se
+    growth = _Pair(gain.mean - before.mean, math.hypot(gain.se, before.se))
+    found = gain.mean > 2 * gain.se and growth.mean > 2 * growth.se
     return row._replace(
-        verdict=_verdict(bool(found)),
-        note=f"on the 8 domains of mini8, at the default settings: "
-        f"{_signed(before, before_se)}, so it grows by {_signed(growth, growth_se)}; "
-        f"judged: that there is a gain, and that it grows; "
+        verdict=_verdict(found),
+        note=f"on the 8 domains of mini8, at the default settings: {before}, so it "
+        f"grows by {growth}; judged: that there is a gain, and that it grows; "
         f"{_beside(results, best, 'one_minus-raw')}",
     )
 
@@ -339,50 +355,45 @@ def _controls(results: Results) -> list[Claim]:
     ]
 
 
-def _learning(results: Results, name: str, other: str) -> str:
-    pair = metrics.paired_difference(results[name].learning, results[other].learning)
-    return f"loss right after learning, minus {other}: {_signed(*pair)}"
-
-
 def _more_than_learning_less(results: Results, name: str) -> Claim:
     """Whether an arm ends lower than a vanilla that learns as little as it does."""
     words = f"{name} does more than learn less."
-    note = _learning(results, name, "vanilla")
+    note = f"loss right after learning, minus vanilla: {_learning(results, name)}"
     if not measured.has_learning_rates(results):
         return _untestable(
             words, f"not run: vanilla at lower learning rates; {note}", OURS
         )
-    pair = metrics.mean_and_error(measured.learning_rate_matched(results, name))
+    pair = _over_seeds(measured.learning_rate_matched(results, name))
     return Claim(
         words,
         OURS,
         "final loss, minus vanilla slowed down to the same learning loss",
-        float(pair.mean),
-        float(pair.se),
-        _verdict(bool(-pair.mean > 2 * pair.se)),
+        pair.mean,
+        pair.se,
+        _verdict(-pair.mean > 2 * pair.se),
         note,
     )
 
 
 def _ends_lower(results: Results, name: str, other: str) -> Claim:
     """Whether one routing is better in the end: what forgets less may learn less."""
-    pair = metrics.paired_difference(results[name].final, results[other].final)
-    note = _learning(results, name, other)
+    pair = _final(results, name, other)
+    learning = _learning(results, name, other)
+    note = f"loss right after learning, minus {other}: {learning}"
     if measured.has_learning_rates(results):
         ours, theirs = (
             measured.learning_rate_matched(results, n) for n in (name, other)
         )
-        matched = metrics.paired_difference(ours, theirs)
         note += (
             "; if of both a vanilla slowed down to the same learning loss is taken "
-            f"off: {_signed(*matched)}"
+            f"off: {_over_seeds(ours - theirs)}"
         )
     return Claim(
         f"{name} ends lower than {other}, so it does more than learn less.",
         OURS,
         f"final loss, {name} minus {other}",
-        float(pair.mean),
-        float(pair.se),
-        _verdict(bool(-pair.mean > 2 * pair.se)),
+        pair.mean,
+        pair.se,
+        _verdict(-pair.mean > 2 * pair.se),
         note,
     )
