@@ -276,7 +276,11 @@ def dense(
 
     Returns:
       ``[..., out]``, of the dtype of ``x @ kernel``.
+
+    Raises:
+      ValueError: If ``x`` or the adapter does not fit the kernel.
     """
+    _check_dense(x, kernel, adapter)
     y = x @ kernel
     if adapter is None:
         return y
@@ -350,6 +354,24 @@ def product_factors(adapter: Adapter) -> tuple[chex.Array, chex.Array]:
     if s.ndim == adapter.v.ndim - 2:
         s = s[..., None]
     return adapter.v * s[..., None, :], jnp.swapaxes(adapter.u, -1, -2)
+
+
+def _check_dense(x, kernel, adapter):
+    fan_in = jnp.shape(kernel)[0]
+    if jnp.shape(x)[-1:] != (fan_in,):
+        raise ValueError(
+            f"`x` must be [..., in] with in = {fan_in} for a kernel [in, out] = "
+            f"{jnp.shape(kernel)}; got shape {jnp.shape(x)}. Is it the kernel of "
+            "another layer?"
+        )
+    if adapter is None:
+        return
+    shapes = {name: jnp.shape(leaf) for name, leaf in adapter._asdict().items()}
+    if not _fits(jnp.shape(kernel), shapes):
+        raise ValueError(
+            f"`adapter` must fit a kernel [in, out] = {jnp.shape(kernel)}; got "
+            f"{shapes}. Take `adapters[path]` with the path of that kernel."
+        )
 
 
 def _merged(targets, params, adapters, sign):

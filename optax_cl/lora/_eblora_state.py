@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optax_cl._core import tasks, trees
-from optax_cl.lora import _capacity, _memory, _spectral
+from optax_cl.lora import _capacity, _checks, _memory, _spectral
 from optax_cl.lora._adapters import Targets
 
 # Rounding explains some 5e-6: of a Gram matrix in float32, and of the squared distance
@@ -42,23 +42,55 @@ class EbloraRules:
     overflow: str
 
 
-def _check_off_memory(state: EbloraState, params: Any) -> None:
-    aligned = trees.align_structure("params", params, state.memory.basis)
-    bases = _spectral.spectral(state.memory.basis)
-    pairs = zip(_spectral.spectral(aligned), bases, strict=True)
-    for (path, adapter), (_, memory) in pairs:
-        v, basis = adapter.v, memory.v
-        if trees.is_hole(basis) or not (_spectral.known(v) and _spectral.known(basis)):
+def check_leaf(
+    rules: EbloraRules, role: _spectral.Role, leaf: Any, master: Any
+) -> None:
+    """Raises unless a leaf of the adapters is such as the state was made for."""
+    if role.path is None or trees.is_hole(leaf):
+        return
+    target = rules.targets[role.path]
+    *batch, fan_in, fan_out = target.matrix_shape
+    factor = (*batch, fan_out if role.field == "u" else fan_in, target.rank)
+    shapes = (
+        [tuple(batch), factor[:-2] + factor[-1:]] if role.field == "s" else [factor]
+    )
+    # Seeds side by side stand in axes before those that `init` saw.
+    got = jnp.shape(leaf)
+    if not any(got[len(got) - len(shape) :] == shape for shape in shapes):
+        raise ValueError(
+            f"`{role.path}/{role.field}` must have shape "
+            f"{' or '.join(map(str, shapes))} for its target; got {got}."
+        )
+    if trees.is_masked(master) and leaf.dtype.itemsize < 4:
+        raise ValueError(
+            f"`{role.path}/{role.field}` is of dtype {leaf.dtype}, but the optimizer "
+            "state was made for adapters of float32 or wider: it has no master copy, "
+            "and small steps would be lost in rounding. Cast the adapters to float32, "
+            "or make a state for them by `tx.init`."
+        )
+
+
+def _check_start(state: EbloraState, params: Any) -> None:
+    """Raises unless every V beside a memory is orthonormal and off it."""
+    if state.memory is None:
+        return
+    given = dict(_spectral.spectral(params))
+    masters = dict(_spectral.spectral(state.master))
+    for path, basis in _spectral.spectral(state.memory.basis):
+        v = getattr(given.get(path), "v", None)
+        if trees.is_hole(basis.v) or trees.is_hole(v):
             continue
-        coeffs = np.swapaxes(_spectral.wide(basis), -1, -2) @ _spectral.wide(v)
-        overlap = np.abs(coeffs).max(initial=0.0)
-        if not overlap < _spectral.tolerance(v):
-            raise ValueError(
-                f"`{path}/v` must be orthogonal to the memory of past tasks; the "
-                f"largest entry of |M^T v| is {overlap:.2g}. Merge the old adapters "
-                "and start new ones with `lora.eblora_init(targets, gradients, "
-                "lora.memory(opt_state))`."
-            )
+        role = _spectral.Role(path, "v")
+        check_leaf(state.rules, role, v, masters[path].v)
+        _checks.check_orthonormal(f"{path}/v", v)
+        _checks.check_off(
+            f"{path}/v",
+            v,
+            basis.v,
+            "the memory of past tasks",
+            "Merge the old adapters and start new ones with `lora.eblora_init(targets, "
+            "gradients, lora.memory(opt_state))`.",
+        )
 
 
 def empty_memory(rules: EbloraRules, params: Any) -> _memory.GradientMemory | None:
@@ -100,10 +132,7 @@ def _end_task(state: EbloraState, params: Any, results: dict[str, Any]) -> Eblor
 
 
 def _begin_task(state: EbloraState, params: Any) -> EbloraState:
-    if state.memory is not None:
-        like = trees.align_structure("params", params, state.memory.basis)
-        _spectral.check_orthonormal(like)
-        _check_off_memory(state, params)
+    _check_start(state, params)
     seen = trees.align_structure("params", params, state.master)
     master = jax.tree.map(lambda m, p: p.astype(m.dtype), state.master, seen)
     return state._replace(master=master, drift=jnp.zeros_like(state.drift))

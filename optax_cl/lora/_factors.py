@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_cl._core import checks
+from optax_cl.lora import _checks
 
 FACTORS = r"(^|/)(a|lora_a)$"  # `LoRA.a` here, and in `flax.nnx.LoRA`
 
@@ -38,9 +39,11 @@ def map_factors(
     """Maps over the factors, ``[*batch, in, r]``; ``MaskedNode`` at other leaves.
 
     Raises:
-      ValueError: If a tree with leaves has no factor, or a factor is a vector.
+      ValueError: For a whole ``Start``, if a tree with leaves has no factor, or if a
+        factor is a vector.
       TypeError: If a factor is not floating point.
     """
+    _checks.check_not_start(params)
     seen = {}
 
     def one(path, leaf):

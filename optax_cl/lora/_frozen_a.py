@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_cl._core import checks, tasks
-from optax_cl.lora import _capacity, _factors, _inputs, _memory
-from optax_cl.lora._adapters import LoRA, Targets
+from optax_cl.lora import _capacity, _checks, _factors, _inputs, _memory
+from optax_cl.lora._adapters import LoRA, Targets, is_adapter
 
 STATISTICS = (*_memory.STATISTICS, "inputs")
 
@@ -83,7 +83,9 @@ def frozen_a(
     **Boundaries.** ``collect(opt_state, adapters, batches, task=task, frozen=params,
     key=key)`` differentiates with respect to the frozen kernels (or reads their
     inputs), ``end_task`` grows M. Then merge (``lora.merge``), start new adapters off
-    ``lora.memory(opt_state)`` and clear the moments (``optax_cl.reset_state``).
+    ``lora.memory(opt_state)``, clear the moments (``optax_cl.reset_state``), and call
+    ``begin_task(opt_state, adapters)``, which raises, outside jit, if a new ``a`` is
+    not off M.
 
     **Memory.** M, float32 ``[in, p]`` per kernel. **Work per step.** None.
     **Boundary.** One SVD of ``[in, out]`` (``[in, in]`` unless ``"mean"``) per kernel.
@@ -106,7 +108,8 @@ def frozen_a(
     Raises:
       ValueError: For arguments out of range, or one of ``targets`` and ``memory_rank``
         without the other; at ``init`` if no leaf is a factor; in ``collect`` without
-        what the memory reads.
+        what the memory reads; in ``begin_task``, outside jit, for an ``a`` that
+        overlaps the memory.
       TypeError: For arguments of a wrong type.
 
     Example:
@@ -221,6 +224,23 @@ def _end_task(state, params, results):
     return state._replace(memory=memory)
 
 
+def _begin_task(state, params):
+    if state.memory is None:
+        return state
+    adapters = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapter)
+    given = {checks.path_str(path[-1:]): node for path, node in adapters if path}
+    for path, basis in state.memory.basis.items():
+        _checks.check_off(
+            f"{path}/a",
+            getattr(given.get(path), "a", None),
+            basis.a,
+            "the memory of past tasks",
+            "Start new adapters with `lora.frozen_a_init(targets, matrices, "
+            "lora.memory(opt_state))`.",
+        )
+    return state
+
+
 def _check(state):
     if state.memory is not None and state.rules.overflow == "error":
         _capacity.check_not_traced("frozen_a", state.tasks)
@@ -243,6 +263,11 @@ def _grow(state, capacity):
 tasks.register_boundary(
     FrozenAState,
     tasks.Boundary(
-        passes=_passes, end_task=_end_task, usage=_usage, check=_check, grow=_grow
+        passes=_passes,
+        end_task=_end_task,
+        begin_task=_begin_task,
+        usage=_usage,
+        check=_check,
+        grow=_grow,
     ),
 )

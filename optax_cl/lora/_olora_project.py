@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optax_cl._core import checks, decompositions, importance, linalg, tasks, trees
-from optax_cl.lora import _factors, _rows
+from optax_cl.lora import _checks, _factors, _rows
 
 
 class OloraProjectState(NamedTuple):
@@ -66,7 +66,8 @@ def olora_project(
       A ``GradientTransformationExtraArgs`` with state ``OloraProjectState``.
 
     Raises:
-      TypeError, ValueError: As :func:`olora`.
+      TypeError, ValueError: As :func:`olora`; and in ``begin_task``, outside jit, for
+        a new ``a`` that overlaps the rows of past tasks.
 
     Example:
       How much of Adam's step lies inside the span of old rows?
@@ -198,4 +199,34 @@ def _with_basis(state: OloraProjectState) -> OloraProjectState:
     return state._replace(basis=jax.tree.map(_orthonormal, state.rows))
 
 
-tasks.register_boundary(OloraProjectState, _rows.boundary(_with_basis))
+def _begin_task(state: OloraProjectState, params: Any) -> OloraProjectState:
+    def check(path, basis, rows, a):
+        if _is_stored(rows, a):  # the adapter of the last task goes on
+            return
+        _checks.check_off(
+            checks.path_str(path),
+            a,
+            basis,
+            "the rows of past tasks",
+            "Start with `lora.project_start(adapters, opt_state)`.",
+        )
+
+    params = trees.align_structure("params", params, state.basis)
+    jax.tree_util.tree_map_with_path(check, state.basis, state.rows, params)
+    return state
+
+
+def _is_stored(rows: chex.Array, a: chex.Array) -> bool:
+    """Whether ``a`` is, known to be, one of those in ``rows``."""
+    if not (_checks.known(rows) and _checks.known(a)):
+        return False
+    y = np.asarray(a, rows.dtype)
+    r = y.shape[-1]
+    starts = range(0, rows.shape[-1], r)
+    return any(np.array_equal(np.asarray(rows)[..., i : i + r], y) for i in starts)
+
+
+tasks.register_boundary(
+    OloraProjectState,
+    _rows.boundary(_with_basis)._replace(begin_task=_begin_task),
+)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_cl._core import checks, trees
+from optax_cl.lora import _checks
 from optax_cl.lora._adapters import Spectral, Targets, is_adapter
 
 
@@ -69,6 +69,7 @@ def check_fit(targets: Targets, params: Any) -> None:
     A tree may have none (a mask hides them, say), but then no kernel or ``LoRA`` may
     stand where one belongs: they would be trained as if there was no method.
     """
+    _checks.check_not_start(params)
     found = list(spectral(params))
     if not found:
         _check_no_other(targets, params)
@@ -120,41 +121,11 @@ def _check_no_other(targets: Targets, params: Any) -> None:
             )
 
 
-def known(x: Any) -> bool:
-    """Whether the values of an array can be judged here and now."""
-    if isinstance(x, jax.core.Tracer):
-        return False
-    return isinstance(x, np.ndarray) or (
-        isinstance(x, jax.Array) and x.is_fully_addressable
-    )
-
-
-def wide(x: Any) -> np.ndarray:
-    """A known array in NumPy, at least in float32."""
-    return np.asarray(x).astype(np.promote_types(x.dtype, np.float32))
-
-
 def check_orthonormal(params: Any) -> None:
     """Raises if a factor whose values are known is off the manifold."""
     for path, adapter in spectral(params):
         for field in ("u", "v"):
-            x = getattr(adapter, field)
-            if not known(x):
-                continue
-            y = wide(x)
-            gram = np.swapaxes(y, -1, -2) @ y
-            error = np.abs(gram - np.eye(y.shape[-1])).max(initial=0.0)
-            if not error < tolerance(x):
-                raise ValueError(
-                    f"`{path}/{field}` must have orthonormal columns; the largest "
-                    f"entry of |X^T X - I| is {error:.2g}. Start from "
-                    "`lora.eblora_init`, or apply `lora.stiefel.polar`."
-                )
-
-
-def tolerance(x: Any) -> float:
-    """How far from orthonormal rounding may leave an array of this dtype."""
-    return 1e-3 if x.dtype.itemsize >= 4 else 1e-2
+            _checks.check_orthonormal(f"{path}/{field}", getattr(adapter, field))
 
 
 class Factors(NamedTuple):

@@ -223,6 +223,21 @@ def test_zero_b_is_the_base_model_bitwise(dtype):
         assert y.dtype == dtype and bool(jnp.array_equal(y, x @ kernel))
 
 
+def test_dense_names_what_does_not_fit():
+    kernel = jnp.ones((4, 3))
+    adapter = lora.LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)))
+    with pytest.raises(
+        ValueError, match=r"`x` must be .* in = 4 .* got shape \(7, 5\)"
+    ):
+        lora.dense(jnp.ones((7, 5)), kernel, adapter, 1.0)
+    other = lora.LoRA(jnp.ones((3, 2)), jnp.ones((2, 3)))
+    with pytest.raises(
+        ValueError, match=r"`adapter` must fit .*\(4, 3\).*'a': \(3, 2\)"
+    ):
+        lora.dense(jnp.ones((7, 4)), kernel, other, 1.0)
+    assert lora.dense(jnp.ones(4), kernel, adapter, 1.0).shape == (3,)
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 4e-2)])
 @pytest.mark.parametrize("spectral", [False, True])
 def test_dense_equals_the_merged_kernel(dtype, rtol, spectral):

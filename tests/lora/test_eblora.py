@@ -518,6 +518,7 @@ def test_errors_of_adapters_name_the_leaf():
         ({PATH: good._replace(s=jnp.ones(3))}, "layer/kernel/s` must have shape"),
         ({PATH: good._replace(v=2 * good.v)}, "layer/kernel/v` must have orthonormal"),
         ([good], "stand in a dictionary"),
+        (lora.Start({"kernel": good.u}, {PATH: good}), r"tx\.init\(start\.adapters\)"),
     ]:
         with pytest.raises(ValueError, match=match):
             tx.init(adapters)

@@ -124,6 +124,75 @@ def test_begin_task_refuses_old_factors_that_overlap_the_memory():
         optax_cl.begin_task(state, adapters)
 
 
+def collected(tasks, state, adapters, params, t=0):
+    return optax_cl.collect(
+        state, adapters, [tasks.batch(t)], task=tasks.task, frozen=params, key=tasks.key
+    )
+
+
+@pytest.mark.parametrize("call", ["none", "jitted"])
+def test_going_on_with_merged_adapters_is_told_at_the_next_boundary(call):
+    tasks = sequence()
+    params, batch = tasks.params, tasks.batch(0)
+    adapters = lora.eblora_init(tasks.targets, tasks.gradients(params, batch))
+    state = tasks.tx.init(adapters)
+    adapters, state = tasks.train(adapters, state, params, batch)
+    statistics = collected(tasks, state, adapters, params)
+    state = optax_cl.end_task(state, adapters, statistics, moments="reset")
+    assert float(state.drift) < 1e-5
+    params = lora.merge(tasks.targets, params, adapters)
+    if call == "jitted":  # where it cannot look
+        state = jax.jit(optax_cl.begin_task)(state, adapters)
+    basis = np.asarray(lora.memory(state)[PATH])
+    overlap = np.abs(basis.T @ np.asarray(adapters[PATH].v)).max()
+    assert overlap > 0.1
+    # Not only the first step, after which V is off the memory again.
+    adapters, state = tasks.train(adapters, state, params, tasks.batch(1))
+    assert np.abs(basis.T @ np.asarray(adapters[PATH].v)).max() < 1e-5
+    assert float(state.drift) == pytest.approx(overlap, rel=0.3)
+    with pytest.warns(UserWarning, match="start new adapters"):
+        collected(tasks, state, adapters, params, 1)
+
+
+@pytest.mark.parametrize("memory_rank", [9, None])
+def test_adapters_of_lower_precision_than_the_state_was_made_for_are_refused(
+    memory_rank,
+):
+    tasks = sequence(memory_rank)
+    state = tasks.tx.init(start(tasks.targets))
+    rounded = start(tasks.targets, dtype=jnp.bfloat16)
+    match = r"layer/kernel/[sv]` is of dtype bfloat16.*no master copy"
+    with pytest.raises(ValueError, match=match):
+        tasks.tx.update(rounded, state, rounded)
+    if memory_rank:
+        for call in (optax_cl.begin_task, jax.jit(optax_cl.begin_task)):
+            with pytest.raises(ValueError, match=match):
+                call(state, rounded)
+    # The other way round there is a copy, and it serves.
+    state = optax_cl.begin_task(tasks.tx.init(rounded), start(tasks.targets))
+    jax.eval_shape(tasks.tx.update, start(tasks.targets), state, start(tasks.targets))
+
+
+def test_begin_task_refuses_factors_of_another_shape_or_length():
+    tasks = sequence()
+    good = start(tasks.targets)
+    state = tasks.tx.init(good)
+    v = good[PATH].v
+    for bad, match in [
+        (v[:, :1], r"layer/kernel/v` must have shape \(12, 2\).* got \(12, 1\)"),
+        (2 * v, "layer/kernel/v` must have orthonormal columns"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            optax_cl.begin_task(state, {PATH: good[PATH]._replace(v=bad)})
+
+
+def test_begin_task_takes_the_states_of_seeds_side_by_side():
+    tasks = sequence()
+    seeds = jax.tree.map(lambda x: jnp.stack([x, x]), start(tasks.targets))
+    states = jax.vmap(tasks.tx.init)(seeds)
+    assert optax_cl.begin_task(states, seeds).drift.shape == (2,)
+
+
 def test_a_full_memory_raises_where_that_is_the_policy_and_can_grow():
     tasks = sequence()
     tx = lora.eblora(

@@ -343,6 +343,20 @@ def test_an_adapter_as_wide_as_its_inputs_leaves_no_room_for_a_memory():
         lora.frozen_a(targets=targets, memory_rank=1)
 
 
+def test_begin_task_refuses_an_input_side_that_overlaps_the_memory():
+    data = [batch_of(4)]
+    state = boundary(frozen(statistic="inputs").init(start()), start(), data)
+    overlapping = {"kernel": start()["kernel"]._replace(a=jnp.ones((IN, R)))}
+    with pytest.raises(ValueError, match=r"`kernel/a` must be orth.*frozen_a_init"):
+        optax_cl.begin_task(state, overlapping)
+    jax.jit(optax_cl.begin_task)(state, overlapping)  # where values are not known
+    for scale in (1.0, 1e-4, 0.0):  # of any length
+        off = lora.frozen_a_init(
+            TARGETS, {"kernel": jnp.ones((IN, 4))}, lora.memory(state), scale=scale
+        )
+        optax_cl.begin_task(state, off)
+
+
 def test_what_the_memory_reads_must_be_given():
     adapters, data = start(), [batch_of(4)]
     with pytest.raises(ValueError, match="frozen=params"):
@@ -369,11 +383,13 @@ def test_with_a_memory_it_keeps_the_contract():
             optax_cl.scale_by_decoupled_adam(), hold, optax.scale(-0.1)
         )
 
-    testing.check_contract(
-        make,
-        start(),
-        collect=lambda state, adapters: optax_cl.collect(
+    def collect(state, factors):
+        adapters = {"kernel": lora.LoRA(**factors["kernel"])}
+        return optax_cl.collect(
             state, adapters, data, task=TASK, frozen=PARAMS, key=KEY
-        ),
-        converges=False,
-    )
+        )
+
+    # Factors under the same paths, but not as `LoRA`, whose `a` the contract's
+    # boundaries would have to start anew.
+    factors = {"kernel": start()["kernel"]._asdict()}
+    testing.check_contract(make, factors, collect=collect, converges=False)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import optax_cl
 from optax_cl import lora
 from tests.lora.olora_tasks import (
     HERE,
@@ -31,6 +32,14 @@ def test_the_update_loses_its_part_in_the_span_of_all_old_rows():
     expected = np.float64(factor(gradient)) - q @ (q.T @ np.float64(factor(gradient)))
     np.testing.assert_allclose(factor(updates), expected, atol=2e-6)
     np.testing.assert_array_equal(updates["layer/kernel"].b, gradient["layer/kernel"].b)
+
+
+def test_begin_task_refuses_a_start_that_was_not_projected():
+    state = remembering(lora.olora_project(capacity=3), HISTORY[:2])
+    with pytest.raises(ValueError, match=r"layer/kernel/a` must be .*project_start"):
+        optax_cl.begin_task(state, HERE)
+    optax_cl.begin_task(state, lora.project_start(HERE, state))
+    optax_cl.begin_task(state, HISTORY[1])  # which goes on, not yet merged
 
 
 def test_from_a_projected_start_the_overlap_stays_zero_under_adam():
