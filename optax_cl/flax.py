@@ -94,17 +94,47 @@ def collect(
       ``Statistics`` for ``end_task``.
 
     Raises:
+      TypeError: If the functions of ``task`` take ``params`` alone.
       ValueError: As ``optax_cl.collect``.
     """
     params, rest = _arrays(optimizer, model)
-    return tasks.collect(
-        nnx.as_pure(optimizer.opt_state),
-        params,
-        batches,
-        task=task,
-        key=key,
-        frozen=rest,
-    )
+    try:
+        return tasks.collect(
+            nnx.as_pure(optimizer.opt_state),
+            params,
+            batches,
+            task=task,
+            key=key,
+            frozen=rest,
+        )
+    except Exception as error:
+        if _takes_params(task, params, batches):
+            raise TypeError(
+                "`task` has functions of `params` alone, as `optax_cl.classification` "
+                f"makes them; here they get {_PAIR}"
+            ) from error
+        error.add_note(f"The functions of `task` get {_PAIR}")
+        raise
+
+
+_PAIR = (
+    "the pair `(params, rest)` of `nnx.split(model, optimizer.wrt, ...)`. "
+    "`optax_cl.flax.classification(model, ...)` makes a task of such functions."
+)
+
+
+def _takes_params(task: Any, params: Any, batches: Any) -> bool:
+    """Whether a task's functions are of ``params`` alone, as far as can be tried."""
+    if not isinstance(batches, list | tuple) or not isinstance(task, tasks.Task):
+        return False
+    function = task.outputs or task.loss
+    if function is None:
+        return False
+    try:
+        jax.eval_shape(function, params, batches[0])
+    except Exception:
+        return False
+    return True
 
 
 def end_task(

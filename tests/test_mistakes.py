@@ -217,11 +217,120 @@ def test_nnx_optimizer_and_model_swapped_are_refused():
         optax_cl.flax.begin_task(model, optimizer)
 
 
-def test_state_of_an_nnx_optimizer_is_sent_to_its_own_functions():
+@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_state_of_an_nnx_optimizer_is_sent_to_its_own_functions(call, pure):
     optimizer, model = nnx_pair()
     params = nnx.state(model, nnx.Param)
-    with pytest.raises(ValueError, match=r"optax_cl\.flax"):
-        collect(optimizer.opt_state, params)
+    params = nnx.as_pure(params) if pure else params
+    with pytest.raises(ValueError, match=rf"nnx\.Optimizer.*`optax_cl\.flax\.{call}`"):
+        CALLS[call](optimizer.opt_state, params)
+
+
+def test_parameters_held_in_variables_are_fine_without_an_nnx_optimizer():
+    params = nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    state = ewc().init(params)
+    task = optax_cl.classification(lambda p, b: b[0] @ p["kernel"][...], lambda b: b[1])
+    stats = collect(state, params, task=task)
+    state = optax_cl.begin_task(optax_cl.end_task(state, params, stats), params)
+    assert optax_cl.describe(state)[0].tasks == 1
+
+
+def nnx_collect(task, batches=BATCHES):
+    optimizer, model = nnx_pair()
+    return optax_cl.flax.collect(optimizer, model, batches, task=task, key=KEY)
+
+
+def test_a_task_of_functions_of_params_is_told_from_one_of_the_nnx_pair():
+    def logits(params, batch):
+        return batch[0] @ params["kernel"]
+
+    task = optax_cl.classification(logits, lambda b: b[1])
+    with pytest.raises(
+        TypeError, match=r"`task` has .* `\(params, rest\)`.*flax\.class"
+    ):
+        nnx_collect(task)
+    pair = optax_cl.classification(lambda p, b: logits(p[0], b), lambda b: b[1])
+    assert nnx_collect(pair).num_examples == 4
+
+
+@pytest.mark.parametrize("task", [TASK, "batch"])
+def test_what_a_function_of_an_nnx_task_raises_stays_and_says_what_it_got(task):
+    if task == "batch":  # a mistake about the batch, not about the pair
+        model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        task = optax_cl.flax.classification(
+            model, lambda m, b: m(b["x"]), lambda b: b[1]
+        )
+    with pytest.raises(TypeError, match="tuple indices") as info:
+        nnx_collect(task)
+    assert any("get the pair `(params, rest)`" in note for note in info.value.__notes__)
+
+
+@pytest.mark.parametrize("make", [ewc, protect])
+def test_what_a_function_of_a_task_raises_says_which_it_was_and_what_it_got(make):
+    params = make_params()
+    with pytest.raises(TypeError, match="dot_general") as info:
+        collect(make().init(params), params, [(jnp.ones((4, 5)), Y)])
+    note = next(n for n in info.value.__notes__ if "raised this" in n)
+    for part in ("`task.outputs`", "`params`", "w: (4, 3)", "0: (4, 5)", "1: (4,)"):
+        assert part in note
+
+
+# --- Updates that do not fit ---------------------------------------------------------
+
+
+def balance():
+    return protect(optax_cl.attenuate(), optax_cl.scale_by_decoupled_adam())
+
+
+FITTING = {
+    "adam": lambda: optax_cl.chain(optax_cl.scale_by_decoupled_adam()),
+    "amsgrad": lambda: optax_cl.chain(optax_cl.scale_by_decoupled_amsgrad()),
+    "factored": lambda: optax_cl.chain(optax_cl.scale_by_decoupled_factored_rms()),
+    "ewc": ewc,
+    "ewc, sgd": lambda: optax.chain(optax_cl.ewc(1.0), optax.sgd(0.1)),
+    "separate": lambda: optax.chain(
+        optax_cl.ewc(1.0, anchors="separate", capacity=2), optax.sgd(0.1)
+    ),
+    "proximal": lambda: optax_cl.ewc_proximal(0.1, 1.0),
+    "rescale": lambda: optax_cl.rescale_by_importance(0.5),
+    "protect": protect,
+    "balance": balance,
+}
+
+
+@pytest.mark.parametrize("leaf", ["w", "b"])
+@pytest.mark.parametrize("name", FITTING)
+def test_a_missing_gradient_is_named_with_its_path(name, leaf):
+    params = make_params()
+    tx = FITTING[name]()
+    with pytest.raises(ValueError, match=rf"`updates` .*got None at `{leaf}`.*zeros"):
+        tx.update(params | {leaf: None}, tx.init(params), params)
+
+
+@pytest.mark.parametrize("name", sorted(set(FITTING) - {"factored"}))
+def test_updates_of_another_width_are_named_with_their_path(name):
+    params = make_params()
+    tx = FITTING[name]()
+    wide = params | {"w": jnp.ones((4, 5))}
+    with pytest.raises(ValueError, match=r"updates` must .*at `w` got.*5\), expected"):
+        tx.update(wide, tx.init(params), params)
+
+
+@pytest.mark.parametrize("w", [None, jnp.ones((4, 5))])
+def test_parameters_that_do_not_fit_are_named_where_a_rule_reads_them(w):
+    params = make_params()
+    tx = balance()
+    with pytest.raises(ValueError, match=r"params` must .*at `w`"):
+        tx.update(params, tx.init(params), params | {"w": w})
+
+
+def test_a_parameter_of_none_needs_no_gradient():
+    params = make_params() | {"w2": None}
+    for name, make in FITTING.items():
+        tx = make()
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert updates["w2"] is None, name
 
 
 # --- Parameters of odd kinds ---------------------------------------------------------

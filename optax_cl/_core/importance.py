@@ -313,6 +313,11 @@ def value(memory: ImportanceMemory, params: chex.ArrayTree) -> chex.Array:
     return 0.5 * read_scale(memory) * total
 
 
+def check_updates(memory: ImportanceMemory, updates: chex.ArrayTree) -> None:
+    """Raises unless updates are those of the parameters that the memory is of."""
+    trees.check_fits("updates", updates, _slot(memory))
+
+
 def map_updates(
     function: Callable[..., chex.Array], updates: chex.ArrayTree, *rest: Any
 ) -> chex.ArrayTree:

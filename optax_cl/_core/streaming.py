@@ -156,15 +156,24 @@ def _bind(task: Task, fixed: Fixed) -> Task:
     of an adapter method lives on the weights under the adapters.
     """
 
-    def bind(function):
-        def bound(trainable, *args, frozen=fixed.frozen):
+    def bind(name, function):
+        def bound(trainable, batch, *args, frozen=fixed.frozen):
             params = _join(trainable, fixed.hidden)
-            return function(params if frozen is None else (params, frozen), *args)
+            both = params if frozen is None else (params, frozen)
+            try:
+                return function(both, batch, *args)
+            except Exception as error:
+                given = "params" if frozen is None else "(params, frozen)"
+                error.add_note(
+                    f"`task.{name}` raised this, called by `collect` with `{given}` of "
+                    f"shapes {_shapes(both)} and a batch of shapes {_shapes(batch)}."
+                )
+                raise
 
         return bound
 
     with_params = {
-        name: None if getattr(task, name) is None else bind(getattr(task, name))
+        name: None if getattr(task, name) is None else bind(name, getattr(task, name))
         for name in ("loss", "outputs", "log_prob", "layer_inputs")
     }
     return task._replace(**with_params)

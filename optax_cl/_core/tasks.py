@@ -104,7 +104,7 @@ def collect(
       ...     opt_state, params, batches, task=task, key=jax.random.key(0))
       >>> opt_state = optax_cl.end_task(opt_state, params, stats)
     """
-    _check_state(opt_state, params)
+    _check_state("collect", opt_state, params)
     if not isinstance(task, Task):
         raise TypeError(
             "`task` must be an `optax_cl.Task`, such as `optax_cl.classification` and "
@@ -196,7 +196,7 @@ def end_task(
         jit) if a memory with ``overflow="error"`` is full.
     """
     checks.check_choice("moments", moments, MOMENT_POLICIES)
-    _check_state(opt_state, params)
+    _check_state("end_task", opt_state, params)
     if not isinstance(statistics, Statistics):
         raise TypeError(
             "`statistics` must be what `collect` returned for this state; got "
@@ -261,7 +261,7 @@ def begin_task(
     Returns:
       The new optimizer state, same structure and shapes.
     """
-    _check_state(opt_state, params)
+    _check_state("begin_task", opt_state, params)
     opt_state = boundaries.map_states(
         lambda s: boundaries.of(s).begin_task(s, params), opt_state
     )
@@ -275,11 +275,17 @@ def begin_task(
     return opt_state
 
 
-def _check_state(opt_state: Any, params: Any) -> None:
+def _check_state(call: str, opt_state: Any, params: Any) -> None:
     """Raises for mix-ups in which no memory would be found, and nothing would happen.
 
     A state without any memory is legal: the calls are there for whatever is chained.
     """
+    if any(map(_is_nnx_variable, jax.tree.leaves(opt_state, is_leaf=_is_nnx_variable))):
+        raise ValueError(
+            "`opt_state` holds the variables of an `nnx.Optimizer`, not arrays. Give "
+            f"the optimizer and its model to `optax_cl.flax.{call}`; or convert the "
+            "state and the parameters with `nnx.as_pure`."
+        )
     if isinstance(opt_state, optax.GradientTransformation):
         raise TypeError(
             "`opt_state` must be the state that `tx.init(params)` made; got the "
@@ -291,3 +297,12 @@ def _check_state(opt_state: Any, params: Any) -> None:
             f"`params` holds an optimizer state, {type(state).__name__}. The order is "
             "`(opt_state, params, ...)`; parameters have no state among them."
         )
+
+
+def _is_nnx_variable(node: Any) -> bool:
+    """Whether ``node`` is what an ``nnx.Optimizer`` keeps its state in."""
+    # By name, since Flax need not be there.
+    return any(
+        base.__name__ == "OptState" and base.__module__.startswith("flax.")
+        for base in type(node).__mro__
+    )

@@ -81,6 +81,41 @@ def align_structure(
         ) from error
 
 
+def check_fits(
+    name: str, tree: chex.ArrayTree, state: chex.ArrayTree, *, shapes: bool = True
+) -> None:
+    """Raises unless ``tree`` has an array wherever ``state`` has one, of its shape.
+
+    ``tree.map`` takes None for a missing subtree, and its error names nothing.
+
+    Args:
+      name: What ``tree`` is called in error messages.
+      tree: Updates or parameters.
+      state: What is kept for them.
+      shapes: Whether shapes must agree.
+    """
+    align_structure("the optimizer state", state, tree)
+
+    def check(path, leaf, kept):
+        if is_masked(leaf) or not hasattr(kept, "shape"):
+            return
+        where = f"at `{checks.path_str(path)}`"
+        if leaf is None:
+            raise ValueError(
+                f"`{name}` must have an array wherever the parameters that the "
+                f"optimizer state was made for have one; got None {where}. Pass zeros "
+                "there, or hide the leaf from the optimizer with `optax.masked`."
+            )
+        if shapes and jnp.shape(leaf) != kept.shape:
+            raise ValueError(
+                f"`{name}` must have the shapes that the optimizer state was made for; "
+                f"{where} got {jnp.shape(leaf)}, expected {kept.shape}. Make a new "
+                "state with `tx.init(params)` for other parameters."
+            )
+
+    jax.tree_util.tree_map_with_path(check, tree, state, is_leaf=is_hole)
+
+
 def vdot(a: chex.ArrayTree, b: chex.ArrayTree) -> chex.Array:
     """Inner product of two trees, accumulated in float32 (at least)."""
     parts = jax.tree.leaves(jax.tree.map(leaf_vdot, a, b))

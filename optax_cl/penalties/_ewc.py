@@ -172,6 +172,7 @@ def ewc(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.check_params("ewc", params)
+        importance.check_updates(state.memory, updates)
         params = trees.align("params", params, updates)
         now = importance.value_at(strength, state.count)
         new_state = ewc_state.advance(state, strength, decay)

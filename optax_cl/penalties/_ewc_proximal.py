@@ -100,6 +100,7 @@ def ewc_proximal(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.check_params("ewc_proximal", params)
+        importance.check_updates(state.memory, updates)
         params = trees.align("params", params, updates)
         eta = importance.value_at(learning_rate, state.count)
         now = importance.value_at(strength, state.count)

@@ -112,6 +112,7 @@ def rescale_by_importance(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        importance.check_updates(state.memory, updates)
         memory = state.memory._replace(decay=importance.decay_array(decay))
         now = importance.value_at(strength, state.count)
         scale = importance.read_scale(memory)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_cl._core import checks, tasks
+from optax_cl._core import checks, tasks, trees
 from optax_cl.routing import _capture
 
 FIRST_MOMENTS = ("routed", "raw")
@@ -147,6 +147,7 @@ def scale_by_decoupled_adam(
 
     def update_fn(updates, state, params=None, *, raw_updates=None, **extra_args):
         del params, extra_args
+        trees.check_fits("updates", updates, state.mu)
         numerator, square = _select(
             "scale_by_decoupled_adam", updates, raw_updates, first_moment, second_moment
         )
@@ -224,6 +225,7 @@ def scale_by_decoupled_amsgrad(
 
     def update_fn(updates, state, params=None, *, raw_updates=None, **extra_args):
         del params, extra_args
+        trees.check_fits("updates", updates, state.mu)
         numerator, square = _select(
             "scale_by_decoupled_amsgrad",
             updates,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, tasks
+from optax_cl._core import checks, tasks, trees
 from optax_cl.routing import _adam, _capture
 
 
@@ -96,6 +96,7 @@ def scale_by_decoupled_factored_rms(
 
     def update_fn(updates, state, params=None, *, raw_updates=None, **extra_args):
         del params, extra_args
+        trees.check_fits("updates", updates, state.full, shapes=False)
         if second_moment != "routed":
             raw_updates = _capture.require_raw(
                 "scale_by_decoupled_factored_rms", raw_updates, updates

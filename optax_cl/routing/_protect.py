@@ -194,12 +194,22 @@ def protect(
             inner=inner_state,
         )
 
+    def coefficients(name, tree, state):
+        trees.check_fits(name, tree, state.basis, shapes=False)
+        found = subspaces.coefficients(settings.views, state.basis, tree)
+        # None at a leaf that is not protected is for the links inside to judge.
+        found = trees.align_structure(name, found, state.basis)
+        for kept in (state.anchor, state.mean):
+            if kept is not None:
+                trees.check_fits(f"U^T {name}", found, kept)
+        return found
+
     def update_fn(updates, state, params=None, **extra_args):
-        raw = subspaces.coefficients(settings.views, state.basis, updates)
+        raw = coefficients("updates", updates, state)
         displacement = None
         if state.anchor is not None:
             checks.check_params("protect with a rule that reads the anchor", params)
-            here = subspaces.coefficients(settings.views, state.basis, params)
+            here = coefficients("params", params, state)
             displacement = jax.tree.map(jnp.subtract, here, state.anchor)
         corrected, weight, mean = None, state.mean_weight, state.mean
         if mean is not None:
