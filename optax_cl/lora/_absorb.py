@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -129,7 +130,7 @@ def gradient_adapter(
     gamma: chex.Numeric = 1.0,
     svd: str,
     key: chex.PRNGKey | None,
-) -> LoRA:
+) -> tuple[LoRA, chex.Array]:
     """Singular vectors of a gradient as an adapter; the singular values are not used.
 
     Args:
@@ -143,22 +144,26 @@ def gradient_adapter(
       key: See ``singular_vectors``.
 
     Returns:
-      The adapter, in float32 or wider.
+      The adapter, in float32 or wider; and bool ``[*batch]``, whether the gradient has
+      as many directions, by the usual rule for a rank.
     """
     gradient = gradient.astype(factor_dtype(kernel))
     first_a, first_b = (rank * block for block in ORDERS[order])
     k = min(2 * rank, *gradient.shape[-2:])
-    left, _, right = singular_vectors(gradient, k, svd, key)
+    left, s, right = singular_vectors(gradient, k, svd, key)
+    rounding = max(gradient.shape[-2:]) * jnp.finfo(s.dtype).eps
+    last = (1 + max(ORDERS[order])) * rank - 1
+    enough = s[..., last] > rounding * s[..., 0]
     vectors = LoRA(
         a=left[..., first_a : first_a + rank],
         b=right[..., first_b : first_b + rank, :],
     )
     if scaling == "loram":
-        return scale_like_kernel(vectors, kernel)
-    if scaling == "stable":
+        vectors = scale_like_kernel(vectors, kernel)
+    elif scaling == "stable":
         beta = kernel.shape[-1] ** 0.25 / jnp.sqrt(gamma)
-        return jax.tree.map(lambda x: beta.astype(x.dtype) * x, vectors)
-    return vectors
+        vectors = jax.tree.map(lambda x: beta.astype(x.dtype) * x, vectors)
+    return vectors, enough
 
 
 def scale_like_kernel(factors: LoRA, kernel: chex.Array) -> LoRA:
@@ -222,11 +227,48 @@ def check_directions(gradients: Mapping[str, chex.Array]) -> None:
     )
 
 
+def gradient_adapters(
+    targets: Targets,
+    weights: Mapping[str, chex.Array],
+    gradients: Mapping[str, chex.Array],
+    *,
+    order: str,
+    **settings: Any,
+) -> Adapters:
+    """``gradient_adapter`` of every target.
+
+    Warns, where values are known, if a gradient has too few directions.
+    """
+    adapters, enough = {}, {}
+    for path, target in targets.items():
+        adapters[path], enough[path] = gradient_adapter(
+            weights[path], gradients[path], rank=target.rank, order=order, **settings
+        )
+    if any(isinstance(x, jax.core.Tracer) for x in enough.values()):
+        return adapters
+    poor = [
+        path for path, verdict in jax.device_get(enough).items() if not verdict.all()
+    ]
+    if poor:
+        wanted = (1 + max(ORDERS[order])) * targets[poor[0]].rank
+        warnings.warn(
+            f"the mean gradient at `{poor[0]}` has a rank below {wanted}, as many "
+            "singular vectors as its adapter starts in (in all, "
+            f"{len(poor)} of {len(targets)} targets): those beyond its rank are "
+            "orthonormal, and mean nothing. Take the mean over more examples, or give "
+            "the pattern a smaller rank.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return adapters
+
+
 def check_each(matrices: Mapping[str, chex.Array], holds: Any, fault: str) -> None:
     """Raises, where values are known, unless ``holds`` is true of every matrix."""
-    if any(isinstance(x, jax.core.Tracer) for x in matrices.values()):
-        return
     verdicts = {path: holds(matrix) for path, matrix in matrices.items()}
+    # Those of known matrices are traced too, inside jit.
+    if any(isinstance(x, jax.core.Tracer) for x in verdicts.values()):
+        return
     for path, verdict in jax.device_get(verdicts).items():
         if not verdict.all():
             where = f"`{path}`"

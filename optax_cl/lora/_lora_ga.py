@@ -13,8 +13,7 @@ from optax_cl.lora._absorb import (
     check_disjoint,
     check_magnitude,
     check_svd,
-    gradient_adapter,
-    per_target,
+    gradient_adapters,
 )
 from optax_cl.lora._adapters import Targets, kernels
 from optax_cl.lora._gradients import check_gradients
@@ -70,6 +69,10 @@ def lora_ga_init(
         zero or not finite (outside jit, with its path; inside, the directions mean
         nothing, and are never NaN); under ``"loram"``, as :func:`slice_init`.
 
+    Warns (``UserWarning``), outside jit, if a gradient has a rank below the singular
+    vectors taken, 2r with disjoint blocks: the vectors beyond it are orthonormal and
+    mean nothing, and so they are inside jit.
+
     Cost. One SVD a kernel, ``O(in * out * min(in, out))`` exact and ``O(in * out * r)``
     randomized. Memory: one more copy of the targeted kernels.
 
@@ -99,17 +102,14 @@ def lora_ga_init(
         check_magnitude(targets, weights)
     check_directions(gradients)
 
-    def make(target, kernel, gradient):
-        return gradient_adapter(
-            kernel,
-            gradient,
-            rank=target.rank,
-            order=order,
-            scaling=scaling,
-            gamma=gamma,
-            svd=svd,
-            key=key,
-        )
-
-    adapters = per_target(targets, make, weights, gradients)
+    adapters = gradient_adapters(
+        targets,
+        weights,
+        gradients,
+        order=order,
+        scaling=scaling,
+        gamma=gamma,
+        svd=svd,
+        key=key,
+    )
     return Start(absorb(targets, params, adapters), adapters)

@@ -17,8 +17,7 @@ from optax_cl.lora._absorb import (
     check_each,
     check_magnitude,
     check_svd,
-    gradient_adapter,
-    per_target,
+    gradient_adapters,
 )
 from optax_cl.lora._adapters import Targets, kernels
 from optax_cl.lora._gradients import check_gradients, conflict
@@ -113,6 +112,10 @@ def slice_init(
         values is checked outside jit only; inside, such a gradient gives orthonormal
         directions that mean nothing, and never NaN.
 
+    Warns (``UserWarning``), outside jit, if what is left of a gradient has a rank below
+    the singular vectors taken, 2r with disjoint blocks: the vectors beyond it are
+    orthonormal and mean nothing, and so they are inside jit.
+
     Cost. One SVD a kernel, ``O(in * out * min(in, out))`` exact and ``O(in * out * r)``
     randomized. Memory: one more copy of the gradients, and of the targeted kernels.
 
@@ -168,18 +171,15 @@ def slice_init(
         "the reference. Lower `strength`, or leave this kernel out of `targets`.",
     )
 
-    def make(target, kernel, gradient):
-        return gradient_adapter(
-            kernel,
-            gradient,
-            rank=target.rank,
-            order=order,
-            scaling=scaling,
-            svd=svd,
-            key=key,
-        )
-
-    adapters = per_target(targets, make, weights, kept)
+    adapters = gradient_adapters(
+        targets,
+        weights,
+        kept,
+        order=order,
+        scaling=scaling,
+        svd=svd,
+        key=key,
+    )
     found = conflict(gradients, reference)
     diagnostics = SliceDiagnostics(gate_open, found.cosine, found.overall)
     return Start(absorb(targets, params, adapters), adapters, diagnostics)
