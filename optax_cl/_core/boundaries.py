@@ -92,6 +92,10 @@ _MOMENTS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+# State classes of links that stand before the moments, or nowhere.
+_MODIFIERS: set[type] = set()
+
+
 def register_boundary(state_class: type, boundary: Boundary) -> None:
     """Makes states of a class take part in task boundaries.
 
@@ -134,6 +138,19 @@ def register_moments(
             "`first=('mu',)`."
         )
     _MOMENTS[state_class] = (first, other)
+
+
+def register_modifier(state_class: type) -> None:
+    """Tells that what a state belongs to takes gradients only, never updates.
+
+    Args:
+      state_class: A NamedTuple.
+
+    Raises:
+      TypeError: If ``state_class`` is no NamedTuple.
+    """
+    _check_state_class(state_class)
+    _MODIFIERS.add(state_class)
 
 
 def _check_state_class(state_class: Any) -> None:
@@ -199,6 +216,15 @@ def has_second_moments(tree: Any) -> bool:
 
     map_states(visit, tree, has_moments)
     return found
+
+
+def has_modifier(tree: Any) -> bool:
+    """Whether a state of a link that takes gradients only stands in ``tree``."""
+
+    def is_modifier(node):
+        return type(node) in _MODIFIERS
+
+    return any(map(is_modifier, jax.tree.leaves(tree, is_leaf=is_modifier)))
 
 
 def map_moments(function, tree, first_only=False, reset_count=False):

@@ -73,6 +73,12 @@ def ewc(
     after the moments, before the learning rate                           1.1
     ====================================================================  ==============
 
+    In all of them updates point along the gradient, uphill. Behind a learning rate they
+    point downhill, and what is added there pushes *away* from the anchor, faster the
+    farther: never ``optax.chain(optax.adam(1e-3), ewc(1.0))``, but ``optax.chain(
+    ewc(1.0), optax.adam(1e-3))``. A transformation sees numbers, not what made them, so
+    nothing can raise here; for a penalty behind the rate there is ``ewc_proximal``.
+
     *Before the moments* is the published form, a penalty in the loss; Adam divides it
     by :math:`\sqrt\nu`, and with ``"routed"`` or ``"max"`` a large pull also shrinks
     the steps of later gradients. With ``"raw"`` the denominator knows nothing of the

@@ -39,8 +39,10 @@ def ewc_proximal(
     **Placement.** Last, after the learning rate: it turns the final update into
     another. ``learning_rate`` must be the one before it in the chain (a schedule is
     read at this method's own step count). Anything behind it (another scale) breaks the
-    formula. Moments never see the pull; with Adam in front the metric of the proximal
-    step is still the plain one (decoupled, as AdamW's decay).
+    formula, and so does ``post`` of ``decoupled_adamw``, which the rate comes after:
+    chain it behind ``decoupled_adamw``. Moments never see the pull; with Adam in front
+    the metric of the proximal step is still the plain one (decoupled, as AdamW's
+    decay).
 
     **Memory, state, boundaries and the meaning of all other arguments** are those of
     ``ewc``, of which this is another way to take the step.

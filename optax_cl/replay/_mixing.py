@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_cl._core import checks, surgery, trees
+from optax_cl._core import boundaries, checks, surgery, trees
 
 
 class MixReplayState(NamedTuple):
     """State of :func:`mix_replay`."""
 
     count: Any  # [], int32; None unless `rho` is a schedule
+
+
+boundaries.register_modifier(MixReplayState)
 
 
 def mix_replay(
@@ -33,7 +36,10 @@ def mix_replay(
     raw gradient is captured in front of it, so it is that of the current batch alone,
     and the second moment does not see the replay batch unless it is told to
     (``second_moment="max"`` or ``"routed"``). There is no ``post`` place: the mix is of
-    gradients, and adding one to an update mixes units. It protects nothing exactly; how
+    gradients, and adding one to an update mixes units (``decoupled_adamw`` refuses it
+    there). Behind a learning rate (``optax.chain(optax.sgd(0.1), mix_replay(0.25))``)
+    updates point downhill and the replay gradient uphill: the step *increases* the loss
+    on the memory, and nothing here can see it. It protects nothing exactly; how
     much of an old task is kept is a matter of :math:`\rho` and of the memory.
 
     Under ``optax.masked`` and ``optax.partition`` pass ``replay_updates`` whole. Under

@@ -31,6 +31,8 @@ def decoupled_adamw(
     Equal to ``chain(*modifiers, scale_by_decoupled_adam(...), add_decayed_weights(...),
     *post, scale_by_learning_rate(learning_rate))`` with one capture around it. Weight
     decay stands before ``post``, so that a constraint there also holds for the decay.
+    Links in ``post`` get updates that point along the gradient, of Adam's size: an
+    ``ewc`` there pulls towards its anchor, in units of steps.
 
     Args:
       learning_rate: A number or an Optax schedule.
@@ -55,7 +57,8 @@ def decoupled_adamw(
     Raises:
       TypeError: If ``modifiers`` or ``post`` hold something else.
       ValueError: For hyper-parameters out of range; at ``init`` for an optimizer among
-        the modifiers.
+        the modifiers, and for a link in ``post`` that takes gradients only
+        (``mix_replay``).
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_cl
@@ -98,6 +101,12 @@ def decoupled_adamw(
                     "whose steps would be taken for gradients. Leave it out, since "
                     "`decoupled_adamw` is the optimizer already; or chain the links "
                     "yourself with `optax_cl.chain`."
+                )
+        for i, inner in enumerate(state[len(modifiers) + 2 :][: len(post)]):
+            if boundaries.has_modifier(inner):
+                raise ValueError(
+                    f"`post[{i}]` mixes gradients, and `post` gets updates, which have "
+                    "another size. Pass it in `modifiers`."
                 )
         return state
 

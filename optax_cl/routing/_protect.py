@@ -80,6 +80,9 @@ def protect(
     **Placement.** ``attenuate`` before the moments acts on the gradient, after them on
     the update; ``project`` after them (and after weight decay) is the only placement
     that keeps the subspace exactly. Nothing here protects biases and embeddings.
+    ``protect(2, attenuate(0.5), optax.adam(1e-3))`` is shared routing: Adam's both
+    moments read the attenuated gradient, and on an axis-aligned direction its division
+    cancels the attenuation. Use ``scale_by_decoupled_adam``.
 
     **Cost.** State, per matrix: r (in + 1), with an anchor r out more, with curvature
     and averages 2 r out more; a step adds about 6 r in out FLOPs. The boundary: one

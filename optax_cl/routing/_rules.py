@@ -75,7 +75,9 @@ def constant(strength: jax.typing.ArrayLike | optax.Schedule = 0.5) -> Rule:
     same for every a < 1, and reached later.
 
     Args:
-      strength: a in [0, 1], or an Optax schedule of the step.
+      strength: a in [0, 1], or an Optax schedule of the step. What a schedule gives,
+        and an array or tracer, is clipped to it: above 1 it would reverse the gradient
+        in the subspace, below 0 enlarge it.
 
     Returns:
       A ``Rule``.
@@ -92,14 +94,15 @@ def constant(strength: jax.typing.ArrayLike | optax.Schedule = 0.5) -> Rule:
     if callable(strength):
 
         def scheduled(coeffs, context, state):
-            a = strength(state.count)
+            a = _share(strength(state.count))
             count = optax.safe_increment(state.count)
             return _scale(coeffs, 1 - a), StepCountState(count)
 
         return Rule(
             scheduled, init=lambda params: StepCountState(jnp.zeros([], jnp.int32))
         )
-    return Rule(lambda coeffs, context, state: (_scale(coeffs, 1 - strength), state))
+    kept = 1 - _share(strength)
+    return Rule(lambda coeffs, context, state: (_scale(coeffs, kept), state))
 
 
 def one_minus(
@@ -122,7 +125,7 @@ def one_minus(
     starts at zero after every boundary, so protection starts at ``a_max``.
 
     Args:
-      a_max: Largest strength, in [0, 1].
+      a_max: Largest strength, in [0, 1]; an array or tracer is clipped to it.
       decay: :math:`\beta_s`, in [0, 1); .98 in the companion code, .99 in notes on the
         paper.
       per_leaf: A strength for each leaf from its own overlap instead of one for all.
@@ -142,7 +145,9 @@ def one_minus(
       `arXiv:2604.22407v1 <https://arxiv.org/abs/2604.22407v1>`_, since reported
       withdrawn
     """
-    return _overlap_strength(lambda s: a_max * (1 - s), a_max, decay, per_leaf, debias)
+    return _overlap_strength(
+        lambda s: _share(a_max) * (1 - s), a_max, decay, per_leaf, debias
+    )
 
 
 def proportional(
@@ -157,7 +162,7 @@ def proportional(
     The overlap as in ``one_minus``.
 
     Args:
-      a_max: Largest strength, in [0, 1].
+      a_max: Largest strength, in [0, 1]; an array or tracer is clipped to it.
       decay: Decay of the averaged overlap, in [0, 1).
       per_leaf: A strength for each leaf from its own overlap instead of one for all.
       debias: Divide the average by :math:`1 - \beta_s^t`.
@@ -172,7 +177,9 @@ def proportional(
       >>> import optax_cl
       >>> rule = optax_cl.proportional()
     """
-    return _overlap_strength(lambda s: a_max * s, a_max, decay, per_leaf, debias)
+    return _overlap_strength(
+        lambda s: _share(a_max) * s, a_max, decay, per_leaf, debias
+    )
 
 
 def ratchet(strength: jax.typing.ArrayLike = 0.75) -> Rule:
@@ -183,7 +190,7 @@ def ratchet(strength: jax.typing.ArrayLike = 0.75) -> Rule:
     A descent step -C increases \|D\| where C D < 0. Needs the anchor, no curvature.
 
     Args:
-      strength: a in [0, 1].
+      strength: a in [0, 1]; an array or tracer is clipped to it.
 
     Returns:
       A ``Rule``.
@@ -197,6 +204,7 @@ def ratchet(strength: jax.typing.ArrayLike = 0.75) -> Rule:
       ...                       optax_cl.scale_by_decoupled_adam())
     """
     checks.check_number("strength", strength, low=0.0, high=1.0)
+    strength = _share(strength)
 
     def apply(coeffs, context, state):
         return jax.tree.map(
@@ -364,6 +372,12 @@ tasks.register_boundary(
     _DebiasedState,
     tasks.Boundary(end_task=lambda state, params, results: trees.zeros_like(state)),
 )
+
+
+def _share(strength):
+    """A strength in [0, 1]; a number that was known has been checked already."""
+    known = checks.is_concrete_number(strength)
+    return strength if known else jnp.clip(strength, 0.0, 1.0)
 
 
 def _scale(coeffs, factor):

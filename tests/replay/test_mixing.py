@@ -207,3 +207,16 @@ def test_bad_input_is_named():
         mix(0.5, g, g, replay_weight=jnp.ones([2]))
     with pytest.raises(TypeError, match="`updates` must hold real floating-point"):
         mix(0.5, {"w": jnp.ones([2], jnp.int32)}, g)
+
+
+def test_behind_a_learning_rate_it_climbs_the_loss_on_the_memory():
+    # Stated, not wanted: a transformation can't see which way updates point.
+    memory, sgd = jnp.array([1.0, 2.0]), optax.sgd(0.1)
+    zero = jnp.zeros(2)
+
+    def step(*links):
+        tx = optax.chain(*links)
+        return tx.update(zero, tx.init(zero), zero, replay_updates=memory)[0]
+
+    np.testing.assert_allclose(step(mix_replay(0.25), sgd), -0.025 * memory, rtol=1e-6)
+    np.testing.assert_allclose(step(sgd, mix_replay(0.25)), 0.25 * memory, rtol=1e-6)

@@ -60,3 +60,14 @@ def test_learning_rate_can_be_a_schedule_or_injected():
 def test_bad_argument_is_named(kwargs, error, name):
     with pytest.raises(error, match=f"`{name}`"):
         optax_cl.decoupled_adamw(**({"learning_rate": 0.1} | kwargs))
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(tx)])
+def test_replay_mixing_in_place_of_a_post_link_is_refused(wrap, schedule):
+    rho = optax.constant_schedule(0.5) if schedule else 0.5
+    post = [optax.identity(), wrap(optax_cl.mix_replay(rho))]
+    with pytest.raises(ValueError, match=r"`post\[1\]` mixes gradients.*`modifiers`"):
+        optax_cl.decoupled_adamw(0.1, post=post).init(jnp.ones(2))
+    modifiers = [optax_cl.mix_replay(rho)]
+    optax_cl.decoupled_adamw(0.1, modifiers=modifiers, post=post[:1]).init(jnp.ones(2))

@@ -137,7 +137,7 @@ def test_raw_second_moment_has_no_inflation_and_max_never_inflates():
 
 def after_switch(q, reset, strength=0.5, b2=0.9, steps=40):
     """Inflation at each step after a switch; old raw nu is q times the new one."""
-    sign = jnp.sign(normal(0, 240, 8, 1))
+    sign = jnp.sign(normal(0, 200 + steps, 8, 1))
     old, new = sign[:200] * jnp.sqrt(q), sign[200:][:steps]
     tx = metered(strength, b2=b2, eps=0.0)
     _, state = run(tx, old)
@@ -170,6 +170,21 @@ def test_transient_after_a_switch_with_carried_moments():
 def test_ninety_percent_of_the_inflation_takes_3_3_time_constants():
     reached = np.argmax(transients()[1] - 1 >= 0.9) + 1
     assert 29 <= reached <= 33
+
+
+@pytest.mark.parametrize(
+    ("strength", "constants"), [(0.2, 2.6), (0.5, 3.3), (0.8, 4.9)]
+)
+def test_ninety_percent_takes_longer_the_stronger_the_attenuation(strength, constants):
+    b2, steps = 0.98, 300
+    measured = jax.jit(
+        functools.partial(
+            after_switch, reset=False, strength=strength, b2=b2, steps=steps
+        )
+    )(1.0)
+    whole = 1 / (1 - strength) - 1
+    reached = (np.argmax(np.asarray(measured) - 1 >= 0.9 * whole) + 1) * (1 - b2)
+    assert abs(reached - constants) < 0.1
 
 
 def test_reset_moments_inflate_at_once():

@@ -286,6 +286,31 @@ def test_schedule_counts_the_steps():
     np.testing.assert_allclose(updates[:, 0, 0], [1.0, 0.75, 0.5, 0.25])
 
 
+BOUNDED = {
+    "schedule": lambda a: optax_cl.constant(lambda step: a),
+    "constant": optax_cl.constant,
+    "ratchet": optax_cl.ratchet,
+    "one_minus": lambda a: optax_cl.one_minus(a, 0.0),
+    "proportional": lambda a: optax_cl.proportional(a, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_strength_that_is_not_known_never_reverses_or_enlarges(name):
+    g = jnp.ones((3, 2))
+
+    def inside(strength):
+        tx = optax_cl.protect(1, optax_cl.attenuate(BOUNDED[name](strength)))
+        state = install(tx.init(g), basis=jnp.eye(3)[:, :1])
+        return tx.update(g, state, -g)[0][0, 0]
+
+    taken = 1 - jax.jit(jax.vmap(inside))(jnp.array([-0.5, 0.0, 0.5, 1.0, 1.5]))
+    # The overlap is one third.
+    share = {"one_minus": 2 / 3, "proportional": 1 / 3}.get(name, 1.0)
+    expected = share * np.array([0.0, 0.0, 0.5, 1.0, 1.0])
+    np.testing.assert_allclose(taken, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "kwargs"),
     [
