@@ -51,6 +51,7 @@ def save_peft(
     targets: Targets,
     adapters: Adapters,
     *,
+    initial: Adapters | None = None,
     names: Callable[[str], str] | None = None,
     base_model: str | None = None,
 ) -> None:
@@ -64,12 +65,20 @@ def save_peft(
     with the alphas that give the same scales. ``Spectral`` is written as the ``LoRA``
     of the same update.
 
+    **Starts that changed the weights** (``pissa_init``, ``loram_init``,
+    ``lora_ga_init``, ``slice_init``). A file is read on top of the base model, to which
+    what was trained is :math:`A B - A_0 B_0`. Give the adapters as they started by
+    ``initial=``; the file then holds :math:`[A, A_0]` and :math:`[B; -B_0]`, of twice
+    the rank and the same scale. Nothing in adapters tells how they started: without
+    ``initial`` such a file is right only on the absorbed weights, ``start.params``.
+
     Needs safetensors: ``pip install 'optax-cl[peft]'``.
 
     Args:
       directory: Made if it is not there; older files of these names are replaced.
       targets: The kernels that ``adapters`` belong to.
       adapters: ``{path: LoRA or Spectral}``.
+      initial: ``start.adapters`` of a start that changed the weights; None for others.
       names: From the path of a kernel to the name of its module in the PyTorch model,
         with one ``{}`` for each stacked axis: ``"layers/q/kernel"`` to
         ``"model.layers.{}.self_attn.q_proj"``. By default the path with dots, without
@@ -97,6 +106,9 @@ def save_peft(
     safetensors = _safetensors()
     check_adapters(targets, adapters)
     adapters = to_lora(adapters)
+    if initial is not None:
+        check_adapters(targets, initial)
+        adapters = _less(adapters, to_lora(initial))
     tensors, ranks, alphas = {}, {}, {}
     for module, path, index in _modules(targets, names):
         a, b = (np.asarray(jax.device_get(x))[index] for x in adapters[path])
@@ -127,6 +139,18 @@ def save_peft(
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _less(adapters: Adapters, initial: Adapters) -> Adapters:
+    """Adapters whose products are those of the first less those of the second."""
+
+    def one(new: LoRA, old: LoRA) -> LoRA:
+        return LoRA(
+            a=jnp.concatenate([new.a, old.a], axis=-1),
+            b=jnp.concatenate([new.b, -old.b], axis=-2),
+        )
+
+    return {path: one(new, initial[path]) for path, new in adapters.items()}
 
 
 def load_peft(

@@ -374,3 +374,33 @@ def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match=r"optax-cl\[peft\]"):
         lora.save_peft(tmp_path, targets, adapters)
+
+
+def absorbed():
+    """A start that changed the weights, and its adapters after some training."""
+    params, x, _ = reference("patterns")
+    targets = lora.targets(params, {"proj": 2}, alpha=4.0)
+    start = lora.pissa_init(targets, params)
+    trained = jax.tree.map(lambda p: 1.1 * p + 0.05, start.adapters)
+    expected = forward(lora.merge(targets, start.params, trained), x)
+    return params, x, targets, start, trained, expected
+
+
+def test_adapters_whose_start_changed_the_weights_fit_the_base_model(tmp_path):
+    params, x, targets, start, trained, expected = absorbed()
+    lora.save_peft(tmp_path, targets, trained, initial=start.adapters)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    twice = lora.targets(params, {"proj": 4}, alpha=8.0)
+    read = lora.load_peft(tmp_path, twice)
+    np.testing.assert_allclose(
+        forward(lora.merge(twice, params, read), x), expected, atol=1e-4
+    )
+    # Without it the file belongs to the absorbed weights.
+    lora.save_peft(tmp_path, targets, trained)
+    read = lora.load_peft(tmp_path, targets)
+    found = [forward(lora.merge(targets, p, read), x) for p in (start.params, params)]
+    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+    assert jnp.abs(found[1] - expected).max() > 0.01
+    with pytest.raises(ValueError, match="`adapters` must map"):
+        lora.save_peft(tmp_path, targets, trained, initial=start)
