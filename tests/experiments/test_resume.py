@@ -30,8 +30,7 @@ def start(script, folder, flags, pause=None):
     )
 
 
-def finish(script, folder, flags):
-    process = start(script, folder, flags)
+def finish(process):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return err
@@ -68,7 +67,7 @@ def has_something_to_go_on_from(folder):
 def check_kills(script, flags, folder, *, chunks, kills, pause):
     """Kills a run of ``chunks`` chunks so often, lets it end, and compares the end."""
     whole, folder = folder / "whole", folder / "killed"
-    finish(script, whole, flags)
+    uninterrupted = start(script, whole, flags)  # beside the others
     # Every chunk takes a pause, so no kill finds the run at its end; three chunks are
     # for what a kill waits for beside its patience.
     longest = (chunks / kills - 3) * pause
@@ -82,7 +81,8 @@ def check_kills(script, flags, folder, *, chunks, kills, pause):
         for until in reasons
     ]
     assert killed == [True] * kills
-    err = finish(script, folder, flags)
+    err = finish(start(script, folder, flags))
+    finish(uninterrupted)
     assert content(folder) == content(whole)
     assert "goes on from task" in err or "done before" in err
 
