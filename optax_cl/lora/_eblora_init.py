@@ -11,6 +11,7 @@ import numpy as np
 
 from optax_cl._core import checks, decompositions
 from optax_cl.lora import stiefel
+from optax_cl.lora._absorb import check_directions
 from optax_cl.lora._adapters import Spectral, Targets
 from optax_cl.lora._memory import off_memory
 
@@ -31,9 +32,9 @@ def eblora_init(
 
     so that the start itself is a step down the gradient, and so is the first move of s:
     :math:`\partial L / \partial s = c \operatorname{tr} \Sigma \ge 0`. Where the
-    gradient has less than r directions off the memory (or is zero, or, inside jit, is
-    not finite), orthonormal directions off the memory are filled in; they are the same
-    in each call.
+    gradient has less than r directions off the memory (or, inside jit, is zero or not
+    finite), orthonormal directions off the memory are filled in; they are the same in
+    each call.
 
     The model with fresh adapters computes :math:`W + c\,s\,V U^\top`, not W; with
     ``magnitude=0`` it computes W, and only s moves in the first step.
@@ -54,8 +55,8 @@ def eblora_init(
       broadcast ``s`` to ``[*batch, r]``.
 
     Raises:
-      ValueError: For gradients or memories that do not fit, gradients that are not
-        finite (outside jit), a memory that leaves no room, or a pair of magnitudes
+      ValueError: For gradients or memories that do not fit, gradients that are zero or
+        not finite (outside jit), a memory that leaves no room, or a pair of magnitudes
         where a path tells no layer.
 
     **Cost.** One singular value decomposition of ``[in, out]`` per matrix.
@@ -117,6 +118,8 @@ def _gradient(path, gradients, shape):
             f"`gradients` are not finite at `{path}`. Check the loss and the data of "
             "the new task; in half precision, scale the loss or compute in float32."
         )
+    if known:
+        check_directions({path: jnp.asarray(gradient)})
     return jnp.asarray(gradient, jnp.float32)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from optax_cl._core import decompositions
 from optax_cl.lora import _memory
+from optax_cl.lora._absorb import check_each
 from optax_cl.lora._adapters import Adapters, LoRA, Targets
 
 
@@ -29,8 +30,8 @@ def frozen_a_init(
       3 ** -0.5``, InfLoRA's.
 
     Columns are orthonormal and orthogonal to M, to rounding. Where F has fewer than r
-    directions off the memory (zero, in the end), a fixed draw of random ones, off the
-    memory too, fills up.
+    directions off the memory (none, when M holds all of them), a fixed draw of random
+    ones, off the memory too, fills up.
 
     Args:
       targets: The kernels that get adapters, from ``lora.targets``.
@@ -43,8 +44,8 @@ def frozen_a_init(
 
     Raises:
       ValueError: If matrices or bases are missing or do not fit; outside jit, if
-        matrices are not finite (inside jit the random directions take over), or the
-        memory leaves fewer than r directions.
+        matrices are zero or not finite (inside jit the random directions take over), or
+        the memory leaves fewer than r directions.
 
     Cost. One SVD of ``[in, k]`` and one QR of ``[in, r]`` per kernel.
 
@@ -73,6 +74,12 @@ def frozen_a_init(
                 f"`matrices` are not finite at `{path}`. Look for a loss that is NaN "
                 "or infinite on one of the batches, or overflows in its dtype."
             )
+        check_each(
+            {path: f},
+            lambda f: jnp.any(f != 0, axis=(-2, -1)),
+            "`matrices` holds zero, which has no directions to start from. Does the loss "
+            "read this kernel?",
+        )
         if memory is None:
             basis = jnp.zeros((*batch, fan_in, 1), jnp.float32)
         else:

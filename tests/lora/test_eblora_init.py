@@ -52,18 +52,24 @@ def test_starts_are_the_leading_directions_off_the_memory():
 def test_missing_directions_are_filled_in_off_the_memory(rank):
     targets = chosen(12, 10, 3)
     memory = orthonormal(5, 12, 9)
-    gradient = rank * np.tile(normal(1, 12, 1), (1, 10))
+    # Nothing of it is off the memory, or one direction.
+    inside = np.asarray(memory)[:, :1]
+    gradient = np.tile(normal(1, 12, 1) if rank else inside, (1, 10))
     adapter = lora.eblora_init(targets, {PATH: gradient}, {PATH: memory})[PATH]
     assert float(stiefel.orthonormality_error(adapter.u)) < 5e-6
     assert float(stiefel.orthonormality_error(adapter.v)) < 5e-6
     assert np.abs(np.asarray(memory).T @ np.asarray(adapter.v)).max() < 2e-6
 
 
-def test_gradients_that_are_not_finite_raise_outside_jit_and_fill_in_inside():
+@pytest.mark.parametrize(
+    ("value", "match"), [(np.nan, "not finite"), (0.0, "has no directions")]
+)
+def test_useless_gradients_raise_outside_jit_and_fill_in_inside(value, match):
     targets = chosen(12, 10)
-    bad = {PATH: jnp.full((12, 10), jnp.nan)}
-    with pytest.raises(ValueError, match="layer/kernel"):
+    bad = {PATH: jnp.full((12, 10), value)}
+    with pytest.raises(ValueError, match=match) as error:
         lora.eblora_init(targets, bad)
+    assert match in str(error.value) and PATH in str(error.value)
     adapter = jax.jit(lambda g: lora.eblora_init(targets, g))(bad)[PATH]
     assert float(stiefel.orthonormality_error(adapter.v)) < 5e-6
 

@@ -131,9 +131,9 @@ def test_the_start_from_input_covariances_is_that_of_inflora():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_missing_directions_are_filled_up_off_the_memory(rank, scale):
     memory = orthonormal(7)
+    # All but `rank` directions of it are protected.
     gradient = scale * (draw(IN, rank) @ draw(rank, OUT))
-    if rank:  # all but one direction of it are protected
-        gradient = gradient + scale * (memory @ draw(7, OUT))
+    gradient = gradient + scale * (memory @ draw(7, OUT))
     adapters = lora.frozen_a_init(TARGETS, {"kernel": gradient}, {"kernel": memory})
     a = adapters["kernel"].a
     np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)
@@ -157,8 +157,8 @@ def test_stacked_layers_start_one_by_one():
     params = {"layers": {"kernel": jnp.zeros((3, IN, OUT))}}
     views = optax_cl.matrix_views(stacked="layers")
     targets = lora.targets(params, {"kernel": R}, alpha=1.0, matrices=views)
-    gradient = draw(3, IN, OUT).at[1].set(0.0)
     memory = jnp.stack([orthonormal(2) for _ in range(3)])
+    gradient = draw(3, IN, OUT).at[1].set(memory[1] @ draw(2, OUT))
     a, b = lora.frozen_a_init(
         targets, {"layers/kernel": gradient}, {"layers/kernel": memory}
     )["layers/kernel"]
@@ -341,6 +341,14 @@ def test_an_adapter_as_wide_as_its_inputs_leaves_no_room_for_a_memory():
     targets = lora.targets({"kernel": jnp.ones((2, 4))}, {"kernel": 2}, alpha=1.0)
     with pytest.raises(ValueError, match="no room for a memory"):
         lora.frozen_a(targets=targets, memory_rank=1)
+
+
+def test_a_start_from_nothing_is_named_outside_jit_and_orthonormal_inside():
+    nothing = {"kernel": jnp.zeros((IN, OUT))}
+    with pytest.raises(ValueError, match="at `kernel` `matrices` holds zero"):
+        lora.frozen_a_init(TARGETS, nothing)
+    a = jax.jit(lambda f: lora.frozen_a_init(TARGETS, f))(nothing)["kernel"].a
+    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-5)
 
 
 def test_begin_task_refuses_an_input_side_that_overlaps_the_memory():
