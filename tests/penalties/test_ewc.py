@@ -400,79 +400,9 @@ def test_a_state_without_ewc_has_no_value():
         ewc_loss(optax.sgd(0.1).init(HERE), HERE)
 
 
-PLACES = {
-    "before the moments": (lambda e: [e, optax.adam(0.1)], -1),
-    "after the moments": (lambda e: [optax.scale_by_adam(), e, optax.scale(-0.1)], -1),
-    "post": (lambda e: [optax_cl.decoupled_adamw(0.1, post=[e])], -1),
-    # Stated, not wanted: a transformation can't see which way updates point.
-    "behind the rate": (lambda e: [optax.adam(0.1), e], 1),
-}
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_the_pull_is_towards_the_anchor_everywhere_but_behind_the_rate(
-    finish_task, place
-):
-    links, sign = PLACES[place]
-    tx = optax.chain(*links(ewc(0.5)))
-    anchor, ones = jnp.zeros(3), jnp.ones(3)
-    state = finish_task(tx.init(anchor), anchor, ones)
-    here = jnp.array([1.0, -2.0, 3.0])
-    updates, _ = tx.update(jnp.zeros(3), state, here)
-    np.testing.assert_array_equal(jnp.sign(updates), sign * jnp.sign(here))
-
-
-def test_behind_the_unscaling_a_scaled_loss_changes_nothing(finish_task):
-    anchor, grads = jnp.zeros(3), jnp.array([0.1, -0.2, 0.4])
-    here = jnp.array([1.0, -2.0, 3.0])
-    scale = 1024.0
-    unscale, sgd = optax.scale(1 / scale), optax.sgd(0.1)
-
-    def steps(*links, scaled):
-        tx = optax.chain(*links)
-        state = finish_task(tx.init(anchor), anchor, jnp.array([1.0, 2.0, 0.5]))
-        params = here
-        for _ in range(3):
-            g = grads * (scale if scaled else 1.0)
-            updates, state = tx.update(g, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
-
-    plain = steps(ewc(2.0), sgd, scaled=False)
-    behind = steps(unscale, ewc(2.0), sgd, scaled=True)
-    np.testing.assert_array_equal(behind, plain)
-    # In front of it, the pull is divided by the scale of the loss.
-    in_front = steps(ewc(2.0), unscale, sgd, scaled=True)
-    weak = steps(ewc(2.0 / scale), sgd, scaled=False)
-    np.testing.assert_allclose(in_front, weak, rtol=1e-6)
-    assert np.max(np.abs(in_front - plain)) > 0.5
-
-
 def test_ending_a_task_twice_with_the_same_statistics_counts_it_twice(finish_task):
     tx, (importance, solution) = ewc(1.0), TASKS[0]
     once = finish_task(tx.init(solution), solution, importance)
     twice = finish_task(once, solution, importance)
     assert twice.memory.tasks == 2
     assert_close(pull(tx, twice), weighted_pull([2.0], TASKS[:1]))
-
-
-@pytest.mark.parametrize("case", ["strength 0", "empty memory"])
-@pytest.mark.parametrize("make", [ewc, optax_cl.rescale_by_importance])
-def test_nothing_to_pull_is_bitwise_the_plain_optimizer_op_by_op(
-    finish_task, make, case
-):
-    tx = optax_cl.chain(
-        make(0.0 if case == "strength 0" else 3.0), optax_cl.scale_by_decoupled_adam()
-    )
-    state = tx.init(HERE)
-    if case == "strength 0":
-        state = finish_task(state, TASKS[0][1], TASKS[0][0])
-    plain = optax.scale_by_adam()
-    reference = plain.init(HERE)
-    with jax.disable_jit():
-        for _ in range(3):
-            grads = draw()
-            updates, state = tx.update(grads, state, HERE)
-            expected, reference = plain.update(grads, reference)
-            for a, b in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
-                np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

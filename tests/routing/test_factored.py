@@ -71,6 +71,43 @@ def test_maximum_is_taken_before_the_means():
     np.testing.assert_allclose(state.col, squares.mean(0), rtol=1e-5)
 
 
+def test_adafactor_around_it_is_optax_bit_for_bit(grads):
+    # Clipped by blocks, then the rate, the size of the block, decay and momentum.
+    def adafactor(rms):
+        return optax.chain(
+            rms,
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_learning_rate(0.1),
+            optax.scale_by_param_block_rms(),
+            optax.ema(0.9, debias=False),
+            optax.add_decayed_weights(-0.01),
+        )
+
+    ours = optax_cl.capture_raw(
+        adafactor(optax_cl.scale_by_decoupled_factored_rms(decay_rate=0.8))
+    )
+    theirs = adafactor(optax.scale_by_factored_rms(decay_rate=0.8))
+
+    @jax.jit
+    def both(state, other, params, g):
+        updates, state = ours.update(g, state, params)
+        expected, other = theirs.update(g, other, params)
+        return updates, expected, state, other
+
+    params = at(grads, 2)
+    state, other = ours.init(params), theirs.init(params)
+    for i in range(3):
+        g = jax.tree.map(lambda x, i=i: (3.0 ** (i - 1)) * x, at(grads, i))
+        updates, expected, state, other = both(state, other, params, g)
+        for name in SHAPES:
+            np.testing.assert_array_equal(
+                np.asarray(updates[name]), np.asarray(expected[name]), err_msg=name
+            )
+            # The clip and the momentum do something.
+            assert np.max(np.abs(updates[name] - 0.1 * g[name])) > 1e-3
+        params = optax.apply_updates(params, updates)
+
+
 def test_none_leaves_stay_none():
     params = {"w": jnp.ones((2, 2)), "f": None}
     tx = optax_cl.chain(optax_cl.scale_by_decoupled_factored_rms())
