@@ -77,8 +77,8 @@ def frozen_a_init(
         check_each(
             {path: f},
             lambda f: jnp.any(f != 0, axis=(-2, -1)),
-            "`matrices` holds zero, which has no directions to start from. Does the loss "
-            "read this kernel?",
+            "`matrices` holds zero, which has no directions to start from. Does the "
+            "loss read this kernel?",
         )
         if memory is None:
             basis = jnp.zeros((*batch, fan_in, 1), jnp.float32)

@@ -15,7 +15,9 @@ bfloat16 point orthonormal to some 4e-3 (12 x 3), 1.7e-3 (64 x 8) or 3e-4 (2048 
 and small steps vanish in it: keep a float32 copy where steps matter.
 
 What the caller holds to: ``x`` is orthonormal and off the memory up to rounding;
-a factor stored wide, ``[r, d]``, is transposed before it comes here.
+a factor stored wide, ``[r, d]``, is transposed before it comes here. (The factors of a
+``Spectral`` adapter, ``[out, r]`` and ``[in, r]``, are tall whatever the shape of the
+kernel, since its rank is at most the smaller side.)
 """
 
 from collections.abc import Sequence

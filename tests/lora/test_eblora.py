@@ -1,4 +1,8 @@
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +30,31 @@ def test_three_thousand_adam_steps_leave_balanced_adapters_off_the_memory():
     state = tx.init(adapters)
     basis = jax.tree.map(lambda _: memory, state.memory.basis)
     state = state._replace(memory=state.memory._replace(basis=basis))
-    adapters, state = run(tx, adapters, pull(targets), 3000, state)
+    gradient = pull(targets)
+
+    def errors(adapter):
+        return jnp.stack(
+            [
+                stiefel.orthonormality_error(adapter.u),
+                stiefel.orthonormality_error(adapter.v),
+                jnp.abs(memory.T @ adapter.v).max(),
+            ]
+        )
+
+    @jax.jit
+    def train(adapters, state):
+        def body(carry, _):
+            params, state, worst = carry
+            updates, state = tx.update(gradient(params), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state, jnp.maximum(worst, errors(params[PATH]))), None
+
+        carry = (adapters, state, jnp.zeros(3))
+        return jax.lax.scan(body, carry, None, length=3000)[0]
+
+    adapters, state, worst = train(adapters, state)
     adapter = adapters[PATH]
-    assert float(stiefel.orthonormality_error(adapter.u)) < 5e-6
-    assert float(stiefel.orthonormality_error(adapter.v)) < 5e-6
+    assert np.all(np.asarray(worst) < [5e-6, 5e-6, 1e-6])  # after every single step
     s, u, v = map(np.float64, adapter)
     assert np.abs(np.asarray(memory).T @ v).max() < 1e-6
     update = s * v @ u.T
@@ -40,6 +65,35 @@ def test_three_thousand_adam_steps_leave_balanced_adapters_off_the_memory():
     assert singular[8:].max() < 1e-5 * s
     np.testing.assert_allclose(np.linalg.norm(update), s * 8**0.5, rtol=3e-6)
     assert float(state.drift) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fan_in", "fan_out", "rank", "memory_rank"),
+    [(6, 12, 2, 3), (8, 12, 8, None), (8, 8, 8, None), (1, 5, 1, None), (5, 1, 1, 3)],
+)
+def test_kernels_of_any_shape_train_on_the_manifold(fan_in, fan_out, rank, memory_rank):
+    targets = chosen(fan_in, fan_out, rank)
+    gradients = {PATH: normal(0, fan_in, fan_out)}
+    tx = lora.eblora(optax.adam(0.03), targets=targets, memory_rank=memory_rank)
+    memory, state = None, None
+    if memory_rank:
+        state = tx.init(lora.eblora_init(targets, gradients))
+        basis = orthonormal(1, fan_in, memory_rank)
+        kept = jax.tree.map(lambda _: basis, state.memory.basis)
+        state = state._replace(memory=state.memory._replace(basis=kept))
+        memory = {PATH: basis}
+    before = lora.eblora_init(targets, gradients, memory)
+    after, state = run(tx, before, pull(targets), 30, state)
+    assert float(stiefel.orthonormality_error(after[PATH].u)) < 5e-6
+    assert float(stiefel.orthonormality_error(after[PATH].v)) < 5e-6
+    assert float(state.drift) < 1e-5
+    if memory_rank:
+        assert np.abs(np.asarray(basis).T @ np.asarray(after[PATH].v)).max() < 2e-6
+    # It learned: towards what `pull` pulls to.
+    rng = np.random.default_rng(9)
+    wanted = rng.normal(size=(fan_in, fan_out))
+    off = [np.linalg.norm(lora.product(a[PATH]) - wanted) for a in (before, after)]
+    assert off[1] < off[0] - 0.05
 
 
 def test_a_zero_magnitude_moves_first_and_alone():
@@ -230,6 +284,26 @@ def test_small_steps_count_in_bfloat16_thanks_to_the_master_copy():
     assert float(state.drift) < 1e-4
 
 
+@pytest.mark.slow
+def test_low_precision_holds_where_the_compiler_keeps_to_it():
+    # By default XLA may drop the rounding between operations it fuses, and with it what
+    # these tests are about.
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_allow_excess_precision=false"
+    here = pathlib.Path(__file__).parent
+    names = ("eblora", "eblora_drift", "stiefel")
+    files = [here / f"test_{name}.py" for name in names]
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qk", "bfloat16", "-m", "not slow", *files],
+        env=os.environ | {"XLA_FLAGS": flags},
+        cwd=here.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout[-2000:]
+    assert "passed" in found.stdout
+
+
 def test_new_factors_count_only_after_begin_task():
     targets = chosen()
     old = start(targets, dtype=jnp.bfloat16)
@@ -252,107 +326,6 @@ def test_new_factors_count_only_after_begin_task():
 
 
 # --- Wrappers ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "after",
-    [optax.scale(0.5), optax.clip_by_global_norm(0.3), optax.add_decayed_weights(0.01)],
-)
-def test_what_stands_behind_it_is_told_at_the_boundary(after):
-    targets = chosen()
-    inner = lora.eblora(optax.adam(0.1), targets=targets, memory_rank=None)
-    adapters, state = run(optax.chain(inner, after), start(targets), pull(targets), 2)
-    assert float(stiefel.orthonormality_error(adapters[PATH].u)) > 1e-3
-    with pytest.warns(UserWarning, match="inside `directions`"):
-        optax_cl.end_task(state, adapters, optax_cl.Statistics(jnp.ones([]), {}))
-
-
-def behind(inner, *after):
-    targets = chosen(64, 48, 8)
-    tx = lora.eblora(inner, targets=targets, memory_rank=None)
-    return optax.chain(tx, *after), start(targets), pull(targets)
-
-
-ADAM = optax.adam(0.1)
-RATE_BEHIND = behind(optax.scale_by_adam(), optax.scale(-1e-2))
-HALF_BEHIND = behind(ADAM, optax.scale(0.5))
-
-
-def error_of(adapters):
-    u = np.float64(adapters[PATH].u)
-    return np.abs(u.T @ u - np.eye(u.shape[1])).max()
-
-
-@pytest.mark.parametrize(
-    ("setting", "errors"),
-    [
-        (behind(ADAM), (0, 0, 0)),
-        (behind(optax.adamw(0.1, weight_decay=0.1)), (0, 0, 0)),
-        (HALF_BEHIND, (0.09, 0.03, 0.002)),
-        (behind(ADAM, optax.add_decayed_weights(0.01)), (0.017, 0.02, 0.02)),
-        (RATE_BEHIND, (0.018, 0.19, 3.1)),
-    ],
-    ids=["nothing", "decay inside", "half", "decay", "negative"],
-)
-def test_the_table_of_damage_in_the_docstring_holds(setting, errors):
-    tx, adapters, gradient = setting
-
-    @jax.jit
-    def train(adapters):
-        def body(carry, _):
-            params, state = carry
-            updates, state = tx.update(gradient(params), state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params[PATH].u
-
-        return jax.lax.scan(body, (adapters, tx.init(adapters)), length=300)[1]
-
-    factors = np.float64(train(adapters))
-    off = np.abs(factors.mT @ factors - np.eye(8)).max(axis=(1, 2))
-    # To a digit: the last of them depends on how sums are ordered.
-    np.testing.assert_allclose(off[[0, 9, 299]], errors, rtol=0.4, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("factor", [-0.1, -1.0, 3.0])
-def test_no_factor_behind_it_makes_columns_grow_without_bound(factor, dtype):
-    targets = chosen()
-    inner = lora.eblora(optax.adam(0.1), targets=targets, memory_rank=None)
-    tx = optax.chain(inner, optax.scale(factor))
-    adapters, state = run(tx, start(targets, dtype=dtype), pull(targets), 150)
-    longest = np.linalg.norm(np.float32(adapters[PATH].u), axis=0).max()
-    # A step from within twice the length, away from a point on the manifold.
-    assert longest < 2 * abs(1 - factor) + abs(factor)
-    assert float(state[0].drift) > 0.1
-
-
-@pytest.mark.parametrize("setting", [RATE_BEHIND, HALF_BEHIND], ids=["rate", "half"])
-def test_drift_is_the_error_of_what_a_step_was_given(setting):
-    tx, adapters, gradient = setting
-    adapters, state = run(tx, adapters, gradient, 10)
-    clean = (state[0]._replace(drift=jnp.zeros([])), *state[1:])
-    given = max(
-        error_of(adapters),
-        error_of({PATH: adapters[PATH]._replace(u=adapters[PATH].v)}),
-    )
-    _, state = run(tx, adapters, gradient, 1, clean)
-    assert float(state[0].drift) == pytest.approx(given, rel=1e-3)
-
-
-def test_drift_sees_columns_of_unit_length_that_are_not_orthogonal():
-    targets = chosen()
-    tx = lora.eblora(optax.sgd(1e-3), targets=targets, memory_rank=None)
-    adapters = start(targets)
-    state = tx.init(adapters)
-    u = adapters[PATH].u
-    slanted = jnp.stack([u[:, 0], 0.8 * u[:, 0] + 0.6 * u[:, 1]], axis=1)
-    slanted = {PATH: adapters[PATH]._replace(u=slanted)}
-    moved, state = run(tx, slanted, pull(targets), 1, state)
-    assert float(state.drift) == pytest.approx(0.8, rel=1e-3)
-    # What happened stays to be told, although one step healed it.
-    _, state = run(tx, moved, pull(targets), 1, state)
-    assert error_of(moved) < 1e-6
-    assert float(state.drift) == pytest.approx(0.8, rel=1e-3)
 
 
 @functools.cache

@@ -54,6 +54,24 @@ def test_growth_follows_the_rule_over_three_tasks():
         np.testing.assert_allclose(memory.T @ memory, used, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(6, 12), (8, 12), (8, 8), (1, 5), (5, 1)])
+def test_kernels_of_any_shape_fill_the_memory_with_what_they_span(shape):
+    fan_in, _ = shape
+    for columns in {1, fan_in}:
+        gradient = jax.random.normal(jax.random.key(0), shape)
+        memory, count = lora.grow_memory(*empty(fan_in, columns), gradient, 1.0)
+        assert int(count) == min(columns, *shape)
+        g = np.float64(gradient)
+        left, singular, _ = np.linalg.svd(g)
+        held = np.linalg.norm(np.asarray(memory).T @ g) ** 2
+        np.testing.assert_allclose(held, (singular[: int(count)] ** 2).sum(), rtol=1e-5)
+        np.testing.assert_allclose(
+            projector(memory),
+            projector(left[:, : int(count)]),
+            atol=1e-5,
+        )
+
+
 def test_what_the_memory_holds_counts_towards_the_threshold():
     gradient = steep(jax.random.key(0), (10, 6))
     memory, count = lora.grow_memory(*empty(10, 8), gradient, 0.95)

@@ -1,0 +1,114 @@
+"""What stands behind EBLoRA: how far it drives the factors off, and who tells."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_cl
+from optax_cl import lora
+from optax_cl.lora import stiefel
+from tests.lora.helpers import PATH, chosen, pull, run, start
+
+
+@pytest.mark.parametrize(
+    "after",
+    [optax.scale(0.5), optax.clip_by_global_norm(0.3), optax.add_decayed_weights(0.01)],
+)
+def test_what_stands_behind_it_is_told_at_the_boundary(after):
+    targets = chosen()
+    inner = lora.eblora(optax.adam(0.1), targets=targets, memory_rank=None)
+    adapters, state = run(optax.chain(inner, after), start(targets), pull(targets), 2)
+    assert float(stiefel.orthonormality_error(adapters[PATH].u)) > 1e-3
+    with pytest.warns(UserWarning, match="inside `directions`"):
+        optax_cl.end_task(state, adapters, optax_cl.Statistics(jnp.ones([]), {}))
+
+
+def behind(inner, *after):
+    targets = chosen(64, 48, 8)
+    tx = lora.eblora(inner, targets=targets, memory_rank=None)
+    return optax.chain(tx, *after), start(targets), pull(targets)
+
+
+ADAM = optax.adam(0.1)
+RATE_BEHIND = behind(optax.scale_by_adam(), optax.scale(-1e-2))
+HALF_BEHIND = behind(ADAM, optax.scale(0.5))
+
+
+def error_of(adapters):
+    u = np.float64(adapters[PATH].u)
+    return np.abs(u.T @ u - np.eye(u.shape[1])).max()
+
+
+@pytest.mark.parametrize(
+    ("setting", "errors"),
+    [
+        (behind(ADAM), (0, 0, 0)),
+        (behind(optax.adamw(0.1, weight_decay=0.1)), (0, 0, 0)),
+        (HALF_BEHIND, (0.09, 0.03, 0.002)),
+        (behind(ADAM, optax.add_decayed_weights(0.01)), (0.017, 0.02, 0.02)),
+        (RATE_BEHIND, (0.018, 0.19, 3.1)),
+    ],
+    ids=["nothing", "decay inside", "half", "decay", "negative"],
+)
+def test_the_table_of_damage_in_the_docstring_holds(setting, errors):
+    tx, adapters, gradient = setting
+
+    @jax.jit
+    def train(adapters):
+        def body(carry, _):
+            params, state = carry
+            updates, state = tx.update(gradient(params), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params[PATH].u
+
+        return jax.lax.scan(body, (adapters, tx.init(adapters)), length=300)[1]
+
+    factors = np.float64(train(adapters))
+    off = np.abs(factors.mT @ factors - np.eye(8)).max(axis=(1, 2))
+    # To a digit: the last of them depends on how sums are ordered.
+    np.testing.assert_allclose(off[[0, 9, 299]], errors, rtol=0.4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [-0.1, -1.0, 3.0])
+def test_no_factor_behind_it_makes_columns_grow_without_bound(factor, dtype):
+    targets = chosen()
+    inner = lora.eblora(optax.adam(0.1), targets=targets, memory_rank=None)
+    tx = optax.chain(inner, optax.scale(factor))
+    adapters = start(targets, dtype=jnp.dtype(dtype))
+    adapters, state = run(tx, adapters, pull(targets), 150)
+    longest = np.linalg.norm(np.float32(adapters[PATH].u), axis=0).max()
+    # A step from within twice the length, away from a point on the manifold.
+    assert longest < 2 * abs(1 - factor) + abs(factor)
+    assert float(state[0].drift) > 0.1
+
+
+@pytest.mark.parametrize("setting", [RATE_BEHIND, HALF_BEHIND], ids=["rate", "half"])
+def test_drift_is_the_error_of_what_a_step_was_given(setting):
+    tx, adapters, gradient = setting
+    adapters, state = run(tx, adapters, gradient, 10)
+    clean = (state[0]._replace(drift=jnp.zeros([])), *state[1:])
+    given = max(
+        error_of(adapters),
+        error_of({PATH: adapters[PATH]._replace(u=adapters[PATH].v)}),
+    )
+    _, state = run(tx, adapters, gradient, 1, clean)
+    assert float(state[0].drift) == pytest.approx(given, rel=1e-3)
+
+
+def test_drift_sees_columns_of_unit_length_that_are_not_orthogonal():
+    targets = chosen()
+    tx = lora.eblora(optax.sgd(1e-3), targets=targets, memory_rank=None)
+    adapters = start(targets)
+    state = tx.init(adapters)
+    u = adapters[PATH].u
+    slanted = jnp.stack([u[:, 0], 0.8 * u[:, 0] + 0.6 * u[:, 1]], axis=1)
+    slanted = {PATH: adapters[PATH]._replace(u=slanted)}
+    moved, state = run(tx, slanted, pull(targets), 1, state)
+    assert float(state.drift) == pytest.approx(0.8, rel=1e-3)
+    # What happened stays to be told, although one step healed it.
+    _, state = run(tx, moved, pull(targets), 1, state)
+    assert error_of(moved) < 1e-6
+    assert float(state.drift) == pytest.approx(0.8, rel=1e-3)
