@@ -332,54 +332,6 @@ def test_begin_task_resets_the_running_maximum_only_when_asked():
     assert not np.any(reset[0].nu_max["w"]) and np.all(reset[0].nu["w"] > 0)
 
 
-# Unfinished updates
-
-
-def descend(make, policy="keep", begin=False):
-    """Three tasks of five micro-steps each, two to an update; all parameters after."""
-    params = {"w": jnp.zeros((4, 3))}
-    tx = make(optax_cl.chain(optax_cl.ewc(0.0), optax.sgd(0.1)))
-    state = tx.init(params)
-    step, seen = jax.jit(tx.update), []
-    task = optax_cl.classification(lambda p, b: b["x"] @ p["w"], lambda b: b["y"])
-    for index in range(3):
-        grads = {"w": jnp.full((4, 3), 10.0**index)}
-        for _ in range(5):
-            updates, state = step(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        seen.append(float(params["w"][0, 0]))
-        if begin:
-            state = optax_cl.begin_task(state, params)
-            continue
-        batches = make_batches(index)
-        statistics = optax_cl.collect(state, params, batches, task=task, key=KEY)
-        state = optax_cl.end_task(state, params, statistics, moments=policy)
-    assert step._cache_size() == 1
-    return seen
-
-
-@pytest.mark.parametrize("wrapper", ["multi_steps", "MultiSteps"])
-@pytest.mark.parametrize("call", ["keep", "reset", "begin_task"])
-def test_no_gradient_of_the_old_task_enters_the_new_tasks_updates(wrapper, call):
-    policy = {"begin": True} if call == "begin_task" else {"policy": call}
-    seen = descend(WRAPPERS[wrapper], **policy)
-    # Two whole updates of each task's own gradient; the fifth micro-step is dropped.
-    np.testing.assert_allclose(np.diff([0.0, *seen]), [-0.2, -2.0, -20.0], rtol=1e-5)
-
-
-def test_reset_state_drops_an_unfinished_update_but_not_under_a_mask():
-    params = make_params()
-    tx = optax_cl.multi_steps(optax.adam(0.1), 3)
-    grads = jax.tree.map(jnp.ones_like, params)
-    _, state = tx.update(grads, tx.init(params), params)
-    reset = optax_cl.reset_state(state)
-    assert state.mini_step == 1 and reset.mini_step == 0
-    assert not any(np.any(x) for x in jax.tree.leaves(reset.acc_grads))
-    assert jax.tree.map(jnp.result_type, reset) == jax.tree.map(jnp.result_type, state)
-    masked = optax_cl.reset_state(state, {"w": True, "b": False})
-    assert masked.mini_step == 1 and np.all(masked.acc_grads["w"] == 1.0)
-
-
 # Looking and growing
 
 
