@@ -14,7 +14,7 @@ import pytest
 from orbax.checkpoint import v1
 
 import optax_cl
-from optax_cl import testing
+from optax_cl import lora, testing
 from tests import registry
 
 STEPS = 5
@@ -167,6 +167,48 @@ def test_a_restored_state_serves_at_the_next_boundary(tmp_path, saver):
         return optax_cl.end_task(state, params, statistics)
 
     assert_bit_equal(end(back), end(state))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_adapters_on_a_manifold_go_on_bit_for_bit_from_a_checkpoint(tmp_path, dtype):
+    kernel = {"kernel": jnp.zeros((6, 4))}
+    targets = lora.targets(kernel, {"kernel": 2}, alpha=2.0)
+    batch = jax.random.normal(jax.random.key(0), (2, 6))
+
+    def make():
+        return lora.eblora(optax.adam(0.1), targets=targets, memory_rank=3)
+
+    def losses(both, batch):
+        merged = lora.merge(targets, both[1], both[0])["kernel"]
+        return jnp.sum((batch @ merged - 1.0) ** 2, axis=-1)
+
+    def start(memory=None):
+        adapters = lora.eblora_init(targets, {"kernel": batch.T @ -jnp.ones((2, 4))})
+        if memory is not None:
+            v = lora.stiefel.random(jax.random.key(1), (6, 2), memory=memory)
+            adapters["kernel"] = adapters["kernel"]._replace(v=v)
+        return optax.tree.cast(adapters, dtype)
+
+    tx, task = make(), optax_cl.Task(loss=losses)
+    step = make_step(tx)
+    params, state = run(step, start(), tx.init(start()), range(3))
+    statistics = optax_cl.collect(
+        state, params, [batch], task=task, frozen=kernel, key=jax.random.key(2)
+    )
+    state = optax_cl.end_task(state, params, statistics)
+    memory = lora.memory(state)["kernel"]
+    assert float(jnp.abs(memory).max()) > 0.1
+    params = start(memory)
+    params, state = run(step, params, optax_cl.begin_task(state, params), range(3, 5))
+    assert len(jax.tree.leaves(state.master)) == (3 if dtype == jnp.bfloat16 else 0)
+
+    standard_save(tmp_path / "saved", {"params": params, "state": state})
+    back = standard_restore(tmp_path / "saved", target_of(make(), params))
+    assert_bit_equal(back, {"params": params, "state": state})
+    assert_bit_equal(
+        run(step, back["params"], back["state"], range(5, 8)),
+        run(step, params, state, range(5, 8)),
+    )
 
 
 @pytest.fixture

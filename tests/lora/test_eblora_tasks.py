@@ -124,6 +124,32 @@ def test_begin_task_refuses_old_factors_that_overlap_the_memory():
         optax_cl.begin_task(state, adapters)
 
 
+def test_gradients_at_the_weights_before_the_first_task_come_by_the_documented_recipe():
+    # Those weights as `frozen`, with adapters of magnitude zero.
+    tasks = sequence()
+    learned, state = tasks.learn(tasks.params, None, 0)
+    batch = tasks.batch(1)
+    adapters = lora.eblora_init(tasks.targets, tasks.gradients(learned, batch))
+
+    def found(adapters, frozen):
+        statistics = optax_cl.collect(
+            state, adapters, [batch], task=tasks.task, frozen=frozen, key=tasks.key
+        )
+        (gradients,) = statistics.results.values()
+        return gradients[PATH]
+
+    zero = {PATH: adapters[PATH]._replace(s=jnp.zeros([]))}
+    at_base = tasks.gradients(tasks.params, batch)[PATH]
+    np.testing.assert_allclose(found(zero, tasks.params), at_base, rtol=1e-4, atol=1e-5)
+    # Otherwise they are those at the adapted weights.
+    merged = lora.merge(tasks.targets, learned, adapters)
+    at_adapted = tasks.gradients(merged, batch)[PATH]
+    np.testing.assert_allclose(
+        found(adapters, learned), at_adapted, rtol=1e-4, atol=1e-5
+    )
+    assert np.abs(np.asarray(at_adapted - at_base)).max() > 0.1
+
+
 def collected(tasks, state, adapters, params, t=0):
     return optax_cl.collect(
         state, adapters, [tasks.batch(t)], task=tasks.task, frozen=params, key=tasks.key

@@ -12,6 +12,7 @@ O-LoRA, penalty     as sequential: the overlap with old rows is small, not zero
 O-LoRA, projection  x in the span of the rows of all old ``a``; not old inputs
 frozen a, "mean"    x in the span of old mean gradients; not single old inputs
 frozen a, "inputs"  every input that the memory saw; not others of the same task
+replay              nothing exactly, not even what the buffer holds
 ==================  ================================================================
 """
 
@@ -228,3 +229,112 @@ def test_adapters_of_their_own_hold_every_input_given_the_right_task():
         np.testing.assert_array_equal(outputs(stacked, 0, inputs), first)
         # With the wrong one nothing is held.
         assert jnp.abs(outputs(stacked, task, inputs) - first).max() > 0.1
+
+
+def test_in_bfloat16_every_merge_rounds_the_kernel_and_no_more():
+    learned = learn("frozen inputs").adapters
+    x = LEARNED[0]["x"]
+
+    @jax.jit
+    def outputs(params):
+        return x @ params["kernel"].astype(jnp.float32)
+
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+    params = lora.merge(TARGETS, params, learned[0])
+    before, room = outputs(params), 0.0
+    for adapters in learned[1:]:
+        params = lora.merge(TARGETS, params, adapters)
+        # Half a unit in the last of eight places, of every entry.
+        room += jnp.abs(x) @ jnp.abs(params["kernel"].astype(jnp.float32)) * 2.0**-8
+    moved = jnp.abs(outputs(params) - before)
+    assert (moved <= room + ROUNDING).all()
+    # Of outputs of order one: what the documentation says.
+    assert 1e-3 < float(moved.max()) < 2e-2
+
+
+def test_replay_holds_nothing_exactly():
+    tx = optax_cl.chain(
+        optax_cl.mix_replay(0.5),
+        optax_cl.scale_by_decoupled_adam(),
+        optax.scale(-1e-2),
+    )
+    first = learn("sequential").params[0]
+    start = lora.lora_init(TARGETS, first, jax.random.fold_in(KEY, 1)).adapters
+
+    @jax.jit
+    def train(adapters, state):
+        def step(carry, _):
+            adapters, state = carry
+            new, old = (
+                jax.grad(lambda t, b=b: TASK.loss((t, first), b).mean())(adapters)
+                for b in (LEARNED[1], LEARNED[0])
+            )
+            updates, state = tx.update(new, state, adapters, replay_updates=old)
+            return (optax.apply_updates(adapters, updates), state), None
+
+        return jax.lax.scan(step, (adapters, state), length=STEPS)[0]
+
+    adapters, _ = train(start, tx.init(start))
+    after = lora.merge(TARGETS, first, adapters)
+    x = LEARNED[0]["x"]  # all of which is replayed, at every step
+    assert jnp.abs(x @ (after["kernel"] - first["kernel"])).max() > 0.1
+    # Its loss is another matter.
+    later = {"replay": after, "none": learn("sequential").params[1]}
+    loss = {
+        name: TASK.loss((NO_ADAPTERS, p), LEARNED[0]).mean()
+        for name, p in later.items()
+    }
+    assert loss["replay"] < 0.5 * loss["none"]
+
+
+@functools.cache
+def alone():
+    """Adapters that learned one task each, beside the same weights."""
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def train(adapters, batch):
+        def step(carry, _):
+            adapters, state = carry
+            loss = lambda t: TASK.loss((t, PARAMS), batch).mean()  # noqa: E731
+            updates, state = tx.update(jax.grad(loss)(adapters), state)
+            return (optax.apply_updates(adapters, updates), state), None
+
+        return jax.lax.scan(step, (adapters, tx.init(adapters)), length=STEPS)[0][0]
+
+    start = lora.lora_init(TARGETS, PARAMS, KEY).adapters
+    return [train(start, batch) for batch in LEARNED]
+
+
+@pytest.mark.parametrize("router", ["nearest_mean", "mahalanobis"])
+def test_adapters_of_their_own_serve_without_a_task_id(router):
+    adapters = alone()
+    stacked = lora.stack(adapters[0], capacity=3)
+    prototypes = lora.prototypes_init(tasks=3, dim=IN, classes=3)
+    for task, batch in enumerate(LEARNED):
+        stacked = lora.store(stacked, task, adapters[task])
+        prototypes = lora.prototypes_add(
+            prototypes, batch["x"], task=task, labels=batch["y"]
+        )
+    make = getattr(lora, router)
+    routes = lora.route(
+        make(prototypes, shrinkage=0.3)
+        if router == "mahalanobis"
+        else make(prototypes),
+        jnp.concatenate(UNSEEN),
+    )
+
+    def answer(x, task):
+        return logits((lora.select(stacked, task), PARAMS), {"x": x}).argmax()
+
+    answers = jax.jit(jax.vmap(answer))(jnp.concatenate(UNSEEN), routes.task)
+    task = jnp.repeat(jnp.arange(3), 4 * IMAGES)
+    label = jnp.concatenate([y[IMAGES : 5 * IMAGES] for _, y in DIGITS])
+    told = jax.jit(jax.vmap(answer))(jnp.concatenate(UNSEEN), task)
+    rightly = routes.task == task
+    np.testing.assert_array_equal(answers[rightly], told[rightly])
+    one = jax.jit(jax.vmap(answer))(jnp.concatenate(UNSEEN), 0 * task)
+    accuracy = [float((a == label).mean()) for a in (told, answers, one)]
+    assert float(rightly.mean()) > 0.7
+    assert accuracy[0] > 0.8 and accuracy[1] > 0.65
+    assert accuracy[1] > accuracy[2] + 0.15  # than by any one adapter
