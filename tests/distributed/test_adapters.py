@@ -29,9 +29,19 @@ def setup(method):
         tx = lora.eblora(
             optax.sgd(0.1), optax.sgd(0.05), targets=targets, memory_rank=6
         )
-        return params, targets, tx, lora.eblora_init(targets, gradients)
+        return (
+            params,
+            targets,
+            tx,
+            functools.partial(lora.eblora_init, targets, gradients),
+        )
     tx = optax.chain(lora.frozen_a(targets=targets, memory_rank=6), optax.sgd(0.1))
-    return params, targets, tx, lora.frozen_a_init(targets, gradients)
+    return (
+        params,
+        targets,
+        tx,
+        functools.partial(lora.frozen_a_init, targets, gradients),
+    )
 
 
 def batch(seed):
@@ -46,7 +56,7 @@ def batch(seed):
 
 def run(method, place=lambda tree: tree, spread=lambda tree: tree):
     """Adapters after each of two tasks, and the memory between them."""
-    params, targets, tx, adapters = setup(method)
+    params, targets, tx, start = setup(method)
 
     def losses(both, batch):
         adapters, params = both
@@ -61,9 +71,11 @@ def run(method, place=lambda tree: tree, spread=lambda tree: tree):
         updates, state = tx.update(grads, state, adapters)
         return optax.apply_updates(adapters, updates), state
 
-    adapters, state = place((adapters, tx.init(adapters)))
+    state = place(tx.init(start()))
     found = []
     for number in range(2):
+        adapters = place(start(memory=lora.memory(state)))
+        state = optax_cl.begin_task(state, adapters)
         data = spread(batch(number))
         for _ in range(3):
             adapters, state = step(adapters, state, data)

@@ -339,6 +339,7 @@ def test_two_tasks_or_twenty_are_one_compilation():
     state = tx.init(HERE)
     for _ in range(20):
         _, state = step(HERE, state)
-        state = optax_cl.begin_task(end(state, adapters()), HERE)
+        state = end(state, adapters())
+        state = optax_cl.begin_task(state, lora.project_start(HERE, state))
     assert len(traces) == 1
     assert end._cache_size() == 1
