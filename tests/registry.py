@@ -194,7 +194,7 @@ def _measure():
 
 def _measure_gain(b2=0.999, eps=1e-8, eps_root=0.0):
     adam = optax_cl.scale_by_decoupled_adam(b2=b2, eps=eps, eps_root=eps_root)
-    gain = optax_cl.measure_gain(adam, b2=b2, eps=eps, eps_root=eps_root)
+    gain = optax_cl.measure_gain(adam, eps=eps, eps_root=eps_root)
     return optax_cl.protect(1, optax_cl.attenuate(0.5), gain), optax.scale(-LR)
 
 

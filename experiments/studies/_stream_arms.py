@@ -107,7 +107,7 @@ def _subspace_family(rule: str, routing: str) -> Family:
         modifier = optax_cl.attenuate(make(strength))
         if pre:
             modifier = optax.chain(modifier, optax_cl.measure("strength"))
-        moments = optax_cl.measure_gain(_adam(common, routing), b2=common.b2)
+        moments = optax_cl.measure_gain(_adam(common, routing))
         return optax_cl.protect(
             common.rank,
             optax_cl.measure("overlap"),

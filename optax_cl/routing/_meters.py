@@ -100,7 +100,6 @@ def measure(
 def measure_gain(
     inner: optax.GradientTransformation,
     *,
-    b2: jax.typing.ArrayLike | None = None,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     name: str = "gain_inflation",
@@ -128,7 +127,6 @@ def measure_gain(
     Args:
       inner: A transformation whose state has one ``nu`` and one ``count``
         (``scale_by_decoupled_adam``, ``optax.scale_by_adam``).
-      b2: Not read, since the decay is that of ``inner``; calls may still give it.
       eps: As given to ``inner``; where it is far below the root of the second moment,
         it makes no difference.
       eps_root: As given to ``inner``.
@@ -152,8 +150,6 @@ def measure_gain(
       >>> print(optax.tree.get(state, "gain_inflation"))
       1.0
     """
-    if b2 is not None:
-        checks.check_number("b2", b2, low=0.0, high=1.0, open_high=True)
     checks.check_number("eps", eps, low=0.0)
     checks.check_number("eps_root", eps_root, low=0.0)
     _capture.check_transformation("inner", inner)

@@ -22,7 +22,7 @@ def metered(strength, *, b2, eps=1e-8, eps_root=0.0, second_moment="routed"):
     return optax_cl.protect(
         8,
         optax_cl.attenuate(strength),
-        optax_cl.measure_gain(adam, b2=b2, eps=eps, eps_root=eps_root),
+        optax_cl.measure_gain(adam, eps=eps, eps_root=eps_root),
     )
 
 
@@ -208,15 +208,14 @@ def test_gain_meter_changes_nothing_and_keeps_shapes():
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start)
 
 
-@pytest.mark.parametrize("given", [{}, {"b2": 0.999}])
 @pytest.mark.parametrize("b2", [0.0, 0.9, 0.99])
-def test_shadow_decays_as_the_moment_inside_whatever_is_said_of_it(b2, given):
+def test_shadow_decays_as_the_moment_inside(b2):
     # The scale of the gradient grows: another decay would read another scale.
     grads = normal(0, 40, 8, 2) * jnp.logspace(0, 2, 40)[:, None, None]
 
     def inflation(strength, eps, **settings):
         adam = optax_cl.scale_by_decoupled_adam(b2=b2, eps=eps, **settings)
-        meter = optax_cl.measure_gain(adam, eps=eps, **given)
+        meter = optax_cl.measure_gain(adam, eps=eps)
         tx = optax_cl.protect(8, optax_cl.attenuate(strength), meter)
         state = install(tx.init(grads[0]), basis=jnp.eye(8))
         return gain(run(tx, grads, state=state)[1])
