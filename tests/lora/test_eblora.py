@@ -1,4 +1,3 @@
-import functools
 import os
 import pathlib
 import subprocess
@@ -11,7 +10,7 @@ import optax
 import pytest
 
 import optax_cl
-from optax_cl import lora, testing
+from optax_cl import lora
 from optax_cl.lora import stiefel
 from tests.arrays import distance, normal, orthonormal
 from tests.lora.helpers import PATH, chosen, pull, run, start
@@ -237,6 +236,16 @@ def test_transported_moments_are_tangent_at_the_new_points():
     assert np.abs(inner + inner.T).max() < 1e-5
 
 
+def test_a_step_that_is_not_finite_leaves_the_factors_where_they_are():
+    targets = chosen()
+    tx = lora.eblora(optax.sgd(0.1), targets=targets, memory_rank=None)
+    adapters = start(targets)
+    grads = jax.tree.map(lambda x: np.nan * np.asarray(x), adapters)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(adapters), adapters)
+    assert np.abs(updates[PATH].u).max() < 1e-6
+    assert np.abs(updates[PATH].v).max() < 1e-6
+
+
 # --- Low precision -------------------------------------------------------------------
 
 
@@ -323,137 +332,6 @@ def test_new_factors_count_only_after_begin_task():
         optax_cl.end_task(state_after, stale, optax_cl.Statistics(jnp.ones([]), {}))
     synced, _ = next_params(optax_cl.begin_task(state, new))
     assert distance(synced, new) < 0.01
-
-
-# --- Wrappers ------------------------------------------------------------------------
-
-
-@functools.cache
-def _plain(targets):
-    return lora.eblora(optax.adam(0.1), targets=targets, memory_rank=3)
-
-
-def _inject(targets):
-    return lora.eblora(
-        optax.inject_hyperparams(optax.adam)(optax.constant_schedule(0.1)),
-        targets=targets,
-        memory_rank=3,
-    )
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        _inject,
-        lambda t: optax.MultiSteps(_plain(t), 1).gradient_transformation(),
-        lambda t: optax.apply_if_finite(_plain(t), 2),
-        lambda t: optax.masked(_plain(t), lambda p: jax.tree.map(lambda _: True, p)),
-        lambda t: optax.partition(
-            {"a": _plain(t), "b": optax.set_to_zero()}, {PATH: "a", "frozen": "b"}
-        ),
-        lambda t: optax_cl.chain(
-            lora.eblora(
-                optax.chain(
-                    optax_cl.scale_by_decoupled_adam(),
-                    optax.scale_by_learning_rate(0.1),
-                ),
-                targets=t,
-                memory_rank=3,
-            )
-        ),
-        lambda t: lora.eblora(
-            optax_cl.chain(
-                optax_cl.scale_by_decoupled_adam(), optax.scale_by_learning_rate(0.1)
-            ),
-            targets=t,
-            memory_rank=3,
-        ),
-        lambda t: lora.eblora(
-            optax_cl.chain(
-                optax_cl.scale_by_decoupled_adam(), optax.scale_by_learning_rate(0.1)
-            ),
-            optax.adam(0.1),
-            targets=t,
-            memory_rank=3,
-        ),
-    ],
-    ids=[
-        "inject",
-        "multi_steps",
-        "apply_if_finite",
-        "masked",
-        "partition",
-        "decoupled outside",
-        "decoupled inside",
-        "decoupled beside",
-    ],
-)
-def test_wrappers_and_routes_give_the_same_steps(wrap):
-    targets = chosen()
-    adapters = start(targets)
-    expected, _ = run(_plain(targets), adapters, pull(targets), 3)
-    params = {**adapters, "frozen": jnp.ones(2)}
-
-    def gradient(params):
-        grads = pull(targets)({PATH: params[PATH]})
-        return {**grads, "frozen": jnp.zeros(2)}
-
-    found, state = run(wrap(targets), params, gradient, 3)
-    assert distance(found[PATH], expected[PATH]) < 5e-6
-    assert lora.memory(state)[PATH].shape == (12, 3)
-
-
-def test_an_adapter_of_which_only_one_factor_is_seen_trains_that_one():
-    targets = chosen()
-    adapters = start(targets)
-    mask = {PATH: lora.Spectral(s=False, u=False, v=True)}
-    tx = optax.masked(_plain(targets), mask)
-    grads = pull(targets)(adapters)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(adapters), adapters)
-    moved = np.asarray(adapters[PATH].v) + np.asarray(updates[PATH].v)
-    assert float(stiefel.orthonormality_error(moved)) < 5e-6
-    assert distance(updates[PATH].u, grads[PATH].u) == 0
-
-
-def test_seeds_under_vmap_train_as_each_by_itself():
-    targets = chosen()
-    tx = _plain(targets)
-
-    adapter = start(targets)[PATH]
-
-    def one(s):
-        adapters = {PATH: adapter._replace(s=s)}
-        updates, _ = tx.update(pull(targets)(adapters), tx.init(adapters), adapters)
-        return optax.apply_updates(adapters, updates)
-
-    magnitudes = jnp.array([0.1, -0.4])
-    both = jax.jit(jax.vmap(one))(magnitudes)
-    alone = jax.jit(one)(magnitudes[1])
-    assert distance(jax.tree.map(lambda x: x[1], both), alone) < 1e-5
-
-
-def test_adapters_keep_what_the_contract_shows_by_tracing():
-    targets = chosen()
-    params = {**start(targets), "plain": jnp.ones((2, 3))}
-    for memory_rank in (None, 3):
-        tx = lora.eblora(
-            optax.adam(0.1), optax.sgd(0.1), targets=targets, memory_rank=memory_rank
-        )
-        testing.check_accepts_extra_args(tx, params)
-        testing.check_update_dtypes(tx, params)
-        testing.check_state_is_stable(tx, params)
-        testing.check_map_params(tx, params)
-        testing.check_empty_tree(tx)
-
-
-def test_a_step_that_is_not_finite_leaves_the_factors_where_they_are():
-    targets = chosen()
-    tx = lora.eblora(optax.sgd(0.1), targets=targets, memory_rank=None)
-    adapters = start(targets)
-    grads = jax.tree.map(lambda x: np.nan * np.asarray(x), adapters)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(adapters), adapters)
-    assert np.abs(updates[PATH].u).max() < 1e-6
-    assert np.abs(updates[PATH].v).max() < 1e-6
 
 
 # --- Bad input -----------------------------------------------------------------------
