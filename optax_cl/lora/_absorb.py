@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from optax_cl._core import checks, decompositions, trees
 from optax_cl._core.linalg import PRECISION
 from optax_cl.lora._adapters import Adapters, LoRA, Target, Targets, product, unmerge
+from optax_cl.lora._checks import check_each
 
 # Which singular vectors the factors take: (of a, of b), as multiples of the rank.
 # Papers name the factors of y = W x, whose A is a.T here and whose B is b.T; the names
@@ -217,16 +218,6 @@ def check_magnitude(targets: Targets, matrices: Mapping[str, chex.Array]) -> Non
     )
 
 
-def check_directions(gradients: Mapping[str, chex.Array]) -> None:
-    """Raises if a gradient is zero."""
-    check_each(
-        gradients,
-        _is_nonzero,
-        "the mean gradient is zero, which has no directions to start from. Does the "
-        "loss read this kernel?",
-    )
-
-
 def gradient_adapters(
     targets: Targets,
     weights: Mapping[str, chex.Array],
@@ -263,20 +254,6 @@ def gradient_adapters(
     return adapters
 
 
-def check_each(matrices: Mapping[str, chex.Array], holds: Any, fault: str) -> None:
-    """Raises, where values are known, unless ``holds`` is true of every matrix."""
-    verdicts = {path: holds(matrix) for path, matrix in matrices.items()}
-    # Those of known matrices are traced too, inside jit.
-    if any(isinstance(x, jax.core.Tracer) for x in verdicts.values()):
-        return
-    for path, verdict in jax.device_get(verdicts).items():
-        if not verdict.all():
-            where = f"`{path}`"
-            if verdict.ndim:
-                where += f" (layer {int((~verdict).argmax())} of its stack)"
-            raise ValueError(f"at {where} {fault}")
-
-
 def check_svd(svd: str) -> None:
     """Raises for an unknown way to decompose."""
     checks.check_choice("svd", svd, ("auto", "exact", "randomized"))
@@ -291,11 +268,6 @@ def per_target(
         return function(target, *(each[path] for each in matrices))
 
     return {path: one(path, target) for path, target in targets.items()}
-
-
-@jax.jit
-def _is_nonzero(matrix):
-    return jnp.any(matrix != 0, axis=(-2, -1))
 
 
 @jax.jit

@@ -1,8 +1,11 @@
-"""Judging arrays whose values are known: factors at the start of a task."""
+"""Judging arrays whose values are known, at the start of a task."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_cl._core import trees
@@ -68,3 +71,47 @@ def check_not_start(params: Any) -> None:
             "that holds them beside the weights. Pass its field: "
             "`tx.init(start.adapters)`."
         )
+
+
+def check_each(matrices: Mapping[str, chex.Array], holds: Any, fault: str) -> None:
+    """Raises, where values are known, unless ``holds`` is true of every matrix."""
+    verdicts = {path: holds(matrix) for path, matrix in matrices.items()}
+    # Those of known matrices are traced too, inside jit.
+    if any(isinstance(x, jax.core.Tracer) for x in verdicts.values()):
+        return
+    for path, verdict in jax.device_get(verdicts).items():
+        if not verdict.all():
+            where = f"`{path}`"
+            if verdict.ndim:
+                where += f" (layer {int((~verdict).argmax())} of its stack)"
+            raise ValueError(f"at {where} {fault}")
+
+
+def check_finite(name: str, matrices: Mapping[str, chex.Array]) -> None:
+    """Raises, where values are known, if a matrix holds what is not finite."""
+    check_each(
+        matrices,
+        _is_finite,
+        f"{name} is not finite. Look for a loss that is NaN or infinite on one of the "
+        "batches, or overflows in its dtype.",
+    )
+
+
+def check_directions(gradients: Mapping[str, chex.Array]) -> None:
+    """Raises if a gradient is zero."""
+    check_each(
+        gradients,
+        _is_nonzero,
+        "the mean gradient is zero, which has no directions to start from. Does the "
+        "loss read this kernel?",
+    )
+
+
+@jax.jit
+def _is_nonzero(matrix):
+    return jnp.any(matrix != 0, axis=(-2, -1))
+
+
+@jax.jit
+def _is_finite(matrix):
+    return jnp.all(jnp.isfinite(matrix), axis=(-2, -1))

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_cl._core import checks, decompositions
 from optax_cl.lora import stiefel
-from optax_cl.lora._absorb import check_directions
 from optax_cl.lora._adapters import Spectral, Targets
+from optax_cl.lora._checks import check_directions, check_finite
 from optax_cl.lora._memory import off_memory
 
 
@@ -111,16 +110,10 @@ def _gradient(path, gradients, shape):
             f"`gradients` must map the path of every target to a matrix [*batch, in, "
             f"out]; at `{path}` expected shape {shape}, got {got}."
         )
-    gradient = gradients[path]
-    known = not isinstance(gradient, jax.core.Tracer)
-    if known and not np.all(np.isfinite(np.asarray(gradient, np.float32))):
-        raise ValueError(
-            f"`gradients` are not finite at `{path}`. Check the loss and the data of "
-            "the new task; in half precision, scale the loss or compute in float32."
-        )
-    if known:
-        check_directions({path: jnp.asarray(gradient)})
-    return jnp.asarray(gradient, jnp.float32)
+    matrix = {path: gradients[path]}
+    check_finite("`gradients`", matrix)
+    check_directions(matrix)
+    return jnp.asarray(gradients[path], jnp.float32)
 
 
 def _check_memory(path, basis, target):

@@ -9,8 +9,8 @@ import numpy as np
 
 from optax_cl._core import decompositions
 from optax_cl.lora import _memory
-from optax_cl.lora._absorb import check_each
 from optax_cl.lora._adapters import Adapters, LoRA, Targets
+from optax_cl.lora._checks import check_each, check_finite
 
 
 def frozen_a_init(
@@ -69,11 +69,7 @@ def frozen_a_init(
     for path, target in targets.items():
         *batch, fan_in, fan_out = target.matrix_shape
         f = _entry("matrices", matrices, path, (*batch, fan_in))
-        if not isinstance(f, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(f))):
-            raise ValueError(
-                f"`matrices` are not finite at `{path}`. Look for a loss that is NaN "
-                "or infinite on one of the batches, or overflows in its dtype."
-            )
+        check_finite("`matrices`", {path: f})
         check_each(
             {path: f},
             lambda f: jnp.any(f != 0, axis=(-2, -1)),

@@ -12,6 +12,7 @@ from optax_cl._core import checks, trees
 from optax_cl._core.matrices import to_matrix
 from optax_cl._core.streaming import check_batches, check_stacked, padded_batches
 from optax_cl.lora._adapters import Targets, kernels
+from optax_cl.lora._checks import check_finite
 
 Loss = Callable[[Any, Any], chex.Array]
 
@@ -138,18 +139,6 @@ def check_gradients(
     check_finite(f"`{name}`", gradients)
 
 
-def check_finite(name: str, matrices: Mapping[str, chex.Array]) -> None:
-    """Raises, where values are known, if a matrix holds what is not finite."""
-    if any(isinstance(x, jax.core.Tracer) for x in matrices.values()):
-        return
-    for path, finite in jax.device_get(_are_finite(dict(matrices))).items():
-        if not finite:
-            raise ValueError(
-                f"{name} is not finite at `{path}`. Look for a loss that is NaN or "
-                "infinite on one of the batches, or overflows in its dtype."
-            )
-
-
 def _zeros(targets, params):
     return {
         path: jnp.zeros(
@@ -236,11 +225,6 @@ def _divide(sums, total):
 
 
 _finish = jax.jit(_divide, donate_argnums=0)
-
-
-@jax.jit
-def _are_finite(matrices):
-    return {path: jnp.isfinite(x).all() for path, x in matrices.items()}
 
 
 class _Products(NamedTuple):

@@ -9,13 +9,13 @@ from optax_cl.lora._absorb import (
     ORDERS,
     Start,
     absorb,
-    check_directions,
     check_disjoint,
     check_magnitude,
     check_svd,
     gradient_adapters,
 )
 from optax_cl.lora._adapters import Targets, kernels
+from optax_cl.lora._checks import check_directions
 from optax_cl.lora._gradients import check_gradients
 
 

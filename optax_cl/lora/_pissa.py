@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from optax_cl.lora._absorb import (
     Start,
     absorb,
-    check_each,
     check_svd,
     factor_dtype,
     per_target,
     singular_vectors,
 )
 from optax_cl.lora._adapters import LoRA, Targets, kernels
+from optax_cl.lora._checks import check_each
 
 
 def pissa_init(

@@ -12,14 +12,13 @@ from optax_cl._core import checks, surgery, trees
 from optax_cl.lora._absorb import (
     Start,
     absorb,
-    check_directions,
     check_disjoint,
-    check_each,
     check_magnitude,
     check_svd,
     gradient_adapters,
 )
 from optax_cl.lora._adapters import Targets, kernels
+from optax_cl.lora._checks import check_directions, check_each
 from optax_cl.lora._gradients import check_gradients, conflict
 
 # The selections in LoRA-GA's names: where A and where B start.

@@ -171,7 +171,7 @@ def test_stacked_layers_start_one_by_one():
 def test_what_the_start_can_not_use_is_named():
     good, memory = {"kernel": draw(IN, OUT)}, {"kernel": orthonormal(2)}
     broken = {"kernel": good["kernel"].at[0, 0].set(jnp.nan)}
-    with pytest.raises(ValueError, match="not finite at `kernel`"):
+    with pytest.raises(ValueError, match="at `kernel` `matrices` is not finite"):
         lora.frozen_a_init(TARGETS, broken)
     a = jax.jit(lambda g: lora.frozen_a_init(TARGETS, g, memory))(broken)["kernel"].a
     np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)

@@ -128,3 +128,24 @@ def test_layers_of_a_stack_are_judged_one_by_one():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lora.slice_init(chosen, params, {"w": g["w"][:1].repeat(2, axis=0)})
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        lambda chosen, params, g: lora.lora_ga_init(chosen, params, g),
+        lambda chosen, params, g: lora.slice_init(chosen, params, g, g),
+        lambda chosen, params, g: lora.frozen_a_init(chosen, g),
+        lambda chosen, params, g: lora.eblora_init(chosen, g),
+    ],
+    ids=["lora_ga", "slice", "frozen_a", "eblora"],
+)
+def test_inside_jit_gradients_may_be_known(init):
+    # What is asked of their values is traced all the same.
+    params = {"w": jnp.asarray(RNG.normal(size=(9, 8)), jnp.float32)}
+    chosen = lora.targets(params, {"w": 2}, alpha=2.0)
+    known = {"w": jnp.asarray(low_rank(9, 8, 8))}
+    outside = init(chosen, params, known)
+    inside = jax.jit(lambda params: init(chosen, params, known))(params)
+    for found, expected in zip(*map(jax.tree.leaves, (inside, outside)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -196,7 +196,7 @@ def test_a_loss_that_is_a_mean_is_refused():
 
 def test_a_gradient_that_is_not_finite_is_named():
     params, chosen, (x, y) = linear_case(4)
-    with pytest.raises(ValueError, match="not finite at `kernel`"):
+    with pytest.raises(ValueError, match="at `kernel` the mean gradient is not finite"):
         lora.mean_gradients(chosen, linear_loss, params, [(x.at[0].set(jnp.nan), y)])
 
 
