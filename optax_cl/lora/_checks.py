@@ -30,6 +30,17 @@ def tolerance(x: Any) -> float:
     return 1e-3 if x.dtype.itemsize >= 4 else 1e-2
 
 
+def check_shape(name: str, x: Any, *shapes: tuple[int, ...]) -> None:
+    """Raises unless an array has one of these shapes, behind axes of seeds if any."""
+    got = jnp.shape(x)
+    # Seeds side by side stand in axes before those that `init` saw.
+    if not any(got[len(got) - len(shape) :] == shape for shape in shapes):
+        raise ValueError(
+            f"`{name}` must have shape {' or '.join(map(str, shapes))} for its target; "
+            f"got {got}."
+        )
+
+
 def check_orthonormal(name: str, x: Any) -> None:
     """Raises if a factor whose values are known is off the manifold."""
     if trees.is_hole(x) or not known(x):

@@ -147,9 +147,10 @@ def eblora(
     Raises:
       ValueError: For arguments out of range; at ``init`` for an adapter that fits no
         target, has no room beside the memory, or (outside jit) is not orthonormal; in
-        ``update``, or already in ``begin_task`` beside a memory, for adapters of lower
-        precision than the state was made for, which has no master copies of them; in
-        ``begin_task``, outside jit, for a V that overlaps the memory.
+        ``update`` for adapters of other shapes than the state was made for, or of lower
+        precision, of which it has no master copies (in ``begin_task`` already where
+        there are such copies or a memory); in ``begin_task``, outside jit, for a V that
+        overlaps the memory.
       TypeError: For arguments of a wrong type.
 
     Example:
@@ -229,7 +230,7 @@ def eblora(
 
     def update_fn(updates, state, params=None, **extra_args):
         checks.check_params("eblora", params)
-        _check_leaves(rules, params, state.master)
+        _eblora_state.check_leaves(rules, params, state.master)
         bases = None if state.memory is None else state.memory.basis
         points = _points(params, state.master)
         factors = _spectral.factors_of(updates, points, bases)
@@ -283,13 +284,6 @@ def _check_transformation(name, value):
             f"{value!r} of type {type(value).__name__}. Was the function that makes it "
             "not called?"
         )
-
-
-def _check_leaves(rules: EbloraRules, params: Any, master: Any) -> None:
-    def check(role, leaf, m):
-        _eblora_state.check_leaf(rules, role, leaf, m)
-
-    _spectral.map_roles(check, params, master)
 
 
 def _master(role: _spectral.Role, p: Any) -> Any:

@@ -42,10 +42,18 @@ class EbloraRules:
     overflow: str
 
 
-def check_leaf(
+def check_leaves(rules: EbloraRules, params: Any, master: Any) -> None:
+    """Raises unless the adapters are such as the state was made for."""
+
+    def check(role, leaf, m):
+        _check_leaf(rules, role, leaf, m)
+
+    _spectral.map_roles(check, params, master)
+
+
+def _check_leaf(
     rules: EbloraRules, role: _spectral.Role, leaf: Any, master: Any
 ) -> None:
-    """Raises unless a leaf of the adapters is such as the state was made for."""
     if role.path is None or trees.is_hole(leaf):
         return
     target = rules.targets[role.path]
@@ -54,13 +62,7 @@ def check_leaf(
     shapes = (
         [tuple(batch), factor[:-2] + factor[-1:]] if role.field == "s" else [factor]
     )
-    # Seeds side by side stand in axes before those that `init` saw.
-    got = jnp.shape(leaf)
-    if not any(got[len(got) - len(shape) :] == shape for shape in shapes):
-        raise ValueError(
-            f"`{role.path}/{role.field}` must have shape "
-            f"{' or '.join(map(str, shapes))} for its target; got {got}."
-        )
+    _checks.check_shape(f"{role.path}/{role.field}", leaf, *shapes)
     if trees.is_masked(master) and leaf.dtype.itemsize < 4:
         raise ValueError(
             f"`{role.path}/{role.field}` is of dtype {leaf.dtype}, but the optimizer "
@@ -80,8 +82,7 @@ def _check_start(state: EbloraState, params: Any) -> None:
         v = getattr(given.get(path), "v", None)
         if trees.is_hole(basis.v) or trees.is_hole(v):
             continue
-        role = _spectral.Role(path, "v")
-        check_leaf(state.rules, role, v, masters[path].v)
+        _check_leaf(state.rules, _spectral.Role(path, "v"), v, masters[path].v)
         _checks.check_orthonormal(f"{path}/v", v)
         _checks.check_off(
             f"{path}/v",
@@ -133,7 +134,10 @@ def _end_task(state: EbloraState, params: Any, results: dict[str, Any]) -> Eblor
 
 def _begin_task(state: EbloraState, params: Any) -> EbloraState:
     _check_start(state, params)
+    # Of what has neither a master copy nor a memory, nothing tells here whether a mask
+    # hides it; `update` judges it.
     seen = trees.align_structure("params", params, state.master)
+    check_leaves(state.rules, seen, state.master)
     master = jax.tree.map(lambda m, p: p.astype(m.dtype), state.master, seen)
     return state._replace(master=master, drift=jnp.zeros_like(state.drift))
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, tasks
+from optax_cl._core import checks, tasks, trees
 from optax_cl.lora import _capacity, _checks, _factors, _inputs, _memory
 from optax_cl.lora._adapters import LoRA, Targets, is_adapter
 
@@ -108,8 +108,8 @@ def frozen_a(
     Raises:
       ValueError: For arguments out of range, or one of ``targets`` and ``memory_rank``
         without the other; at ``init`` if no leaf is a factor; in ``collect`` without
-        what the memory reads; in ``begin_task``, outside jit, for an ``a`` that
-        overlaps the memory.
+        what the memory reads; in ``begin_task``, beside a memory, for an ``a`` of
+        another shape or (outside jit) one that overlaps it.
       TypeError: For arguments of a wrong type.
 
     Example:
@@ -230,9 +230,15 @@ def _begin_task(state, params):
     adapters = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapter)
     given = {checks.path_str(path[-1:]): node for path, node in adapters if path}
     for path, basis in state.memory.basis.items():
+        a = getattr(given.get(path), "a", None)
+        if trees.is_hole(a):
+            continue
+        target = state.rules.targets[path]
+        shape = (*target.matrix_shape[:-1], target.rank)
+        _checks.check_shape(f"{path}/a", a, shape)
         _checks.check_off(
             f"{path}/a",
-            getattr(given.get(path), "a", None),
+            a,
             basis.a,
             "the memory of past tasks",
             "Start new adapters with `lora.frozen_a_init(targets, matrices, "

@@ -89,7 +89,8 @@ def olora(
       TypeError: For arguments of the wrong type, or a factor that is not floating
         point.
       ValueError: For an argument out of range; at ``init`` if no leaf is a factor or
-        one is a vector; at trace time without ``params``.
+        one is a vector; at trace time without ``params``; in ``begin_task`` and
+        ``end_task`` for factors of another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_cl

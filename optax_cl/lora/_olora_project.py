@@ -66,8 +66,8 @@ def olora_project(
       A ``GradientTransformationExtraArgs`` with state ``OloraProjectState``.
 
     Raises:
-      TypeError, ValueError: As :func:`olora`; and in ``begin_task``, outside jit, for
-        a new ``a`` that overlaps the rows of past tasks.
+      TypeError, ValueError: As :func:`olora`; and in ``begin_task``, outside jit, for a
+        new ``a`` that overlaps the rows of past tasks.
 
     Example:
       How much of Adam's step lies inside the span of old rows?
@@ -200,6 +200,8 @@ def _with_basis(state: OloraProjectState) -> OloraProjectState:
 
 
 def _begin_task(state: OloraProjectState, params: Any) -> OloraProjectState:
+    state = _rows.begin_task(state, params)
+
     def check(path, basis, rows, a):
         if _is_stored(rows, a):  # the adapter of the last task goes on
             return

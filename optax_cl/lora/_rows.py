@@ -56,6 +56,7 @@ def boundary(finish: Callable[[Any], Any]) -> tasks.Boundary:
     """
     return tasks.Boundary(
         end_task=lambda state, params, results: finish(_consolidate(state, params)),
+        begin_task=begin_task,
         like=lambda state: state.rows,
         usage=lambda state: (state.tasks, state.rules.capacity),
         check=_check_capacity,
@@ -77,17 +78,33 @@ def states(opt_state: optax.OptState, state_class: type, method: str) -> list[An
     return found
 
 
+def begin_task(state: Any, params: chex.ArrayTree) -> Any:
+    """Nothing but a check that the adapters are such as the state was made for."""
+
+    def check(path, rows, a):
+        if not trees.is_hole(a):
+            _check_shape(path, rows, a, state.rules.capacity)
+
+    params = trees.align_structure("params", params, state.rows)
+    jax.tree_util.tree_map_with_path(check, state.rows, params)
+    return state
+
+
+def _check_shape(path: Any, rows: chex.Array, a: chex.Array, capacity: int) -> None:
+    expected = (*rows.shape[:-1], rows.shape[-1] // capacity)
+    if jnp.shape(a) != expected:
+        raise ValueError(
+            f"`params` must be the adapters that the optimizer was made for; at "
+            f"`{checks.path_str(path)}` expected shape {expected}, got {jnp.shape(a)}."
+        )
+
+
 def _consolidate(state: Any, params: chex.ArrayTree) -> Any:
     capacity = state.rules.capacity
 
     def store(path, rows, a):
         r = rows.shape[-1] // capacity
-        if jnp.shape(a) != (*rows.shape[:-1], r):
-            raise ValueError(
-                f"`params` must be the adapters that the optimizer was made for; at "
-                f"`{checks.path_str(path)}` expected shape {(*rows.shape[:-1], r)}, "
-                f"got {jnp.shape(a)}."
-            )
+        _check_shape(path, rows, a, capacity)
         # Entries that are not finite are stored as zero: they protect nothing.
         finite = jnp.where(jnp.isfinite(a), a, 0).astype(rows.dtype)
         # The oldest stand first, and make room where no more fit.

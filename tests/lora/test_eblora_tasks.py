@@ -199,21 +199,47 @@ def test_adapters_of_lower_precision_than_the_state_was_made_for_are_refused(
     jax.eval_shape(tasks.tx.update, start(tasks.targets), state, start(tasks.targets))
 
 
-def test_begin_task_refuses_factors_of_another_shape_or_length():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("memory_rank", [9, None])
+def test_factors_of_another_shape_are_refused(memory_rank, dtype):
+    tasks = sequence(memory_rank)
+    good = start(tasks.targets, dtype=dtype)
+    state = tasks.tx.init(good)
+    adapter = good[PATH]
+
+    def step(state, adapters):
+        return tasks.tx.update(adapters, state, adapters)
+
+    calls = [step]
+    if memory_rank or dtype == jnp.bfloat16:
+        calls += [optax_cl.begin_task, jax.jit(optax_cl.begin_task)]
+    bad = {PATH: adapter._replace(v=adapter.v[:, :1])}
+    match = r"kernel/v` must have shape \(12, 2\) for its target; got \(12, 1\)"
+    for call in calls:
+        with pytest.raises(ValueError, match=match):
+            call(state, bad)
+
+
+def test_begin_task_is_silent_about_adapters_that_a_mask_hides():
+    tasks = sequence(None)
+    seen = start(tasks.targets)
+    params = {**seen, "hidden": start(tasks.targets, dtype=jnp.bfloat16)}
+    hide = {PATH: True, "hidden": False}
+    state = optax.masked(tasks.tx, hide).init(params)
+    optax_cl.begin_task(state, params)
+
+
+def test_begin_task_refuses_factors_of_another_length():
     tasks = sequence()
     good = start(tasks.targets)
-    state = tasks.tx.init(good)
-    v = good[PATH].v
-    for bad, match in [
-        (v[:, :1], r"layer/kernel/v` must have shape \(12, 2\).* got \(12, 1\)"),
-        (2 * v, "layer/kernel/v` must have orthonormal columns"),
-    ]:
-        with pytest.raises(ValueError, match=match):
-            optax_cl.begin_task(state, {PATH: good[PATH]._replace(v=bad)})
+    long = {PATH: good[PATH]._replace(v=2 * good[PATH].v)}
+    with pytest.raises(ValueError, match="kernel/v` must have orthonormal columns"):
+        optax_cl.begin_task(tasks.tx.init(good), long)
 
 
-def test_begin_task_takes_the_states_of_seeds_side_by_side():
-    tasks = sequence()
+@pytest.mark.parametrize("memory_rank", [9, None])
+def test_begin_task_takes_the_states_of_seeds_side_by_side(memory_rank):
+    tasks = sequence(memory_rank)
     seeds = jax.tree.map(lambda x: jnp.stack([x, x]), start(tasks.targets))
     states = jax.vmap(tasks.tx.init)(seeds)
     assert optax_cl.begin_task(states, seeds).drift.shape == (2,)

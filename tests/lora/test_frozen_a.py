@@ -401,3 +401,15 @@ def test_with_a_memory_it_keeps_the_contract():
     # boundaries would have to start anew.
     factors = {"kernel": start()["kernel"]._asdict()}
     testing.check_contract(make, factors, collect=collect, converges=False)
+
+
+def test_begin_task_refuses_an_input_side_of_another_shape():
+    state = frozen().init(start())
+    for shape in ((IN, R + 1), (IN + 1, R)):
+        adapters = {"kernel": lora.LoRA(jnp.ones(shape), jnp.zeros((shape[1], OUT)))}
+        expected = rf"`kernel/a` must have shape \({IN}, {R}\) for its target; got"
+        for call in (optax_cl.begin_task, jax.jit(optax_cl.begin_task)):
+            with pytest.raises(ValueError, match=expected):
+                call(state, adapters)
+    seeds = jax.tree.map(lambda x: jnp.stack([x, x]), start())
+    optax_cl.begin_task(jax.vmap(frozen().init)(seeds), seeds)

@@ -280,11 +280,20 @@ def test_a_tree_without_input_side_factors_is_refused(tx):
         tx.init({"a": jnp.ones((3, 2), jnp.int32)})
 
 
-def test_adapters_of_another_rank_are_refused_at_the_boundary():
-    state = lora.olora(1.0, capacity=3).init(HERE)
-    other = {"layer/kernel": lora.LoRA(jnp.ones((IN, R - 1)), jnp.ones((R - 1, OUT)))}
-    with pytest.raises(ValueError, match=r"expected shape \(12, 3\), got \(12, 2\)"):
-        boundary(state, other)
+@pytest.mark.parametrize(
+    "tx", [lora.olora(1.0, capacity=3), lora.olora_project(capacity=3)]
+)
+@pytest.mark.parametrize(("fan_in", "rank"), [(IN, R - 1), (IN + 1, R)])
+def test_adapters_of_another_shape_are_refused_at_the_boundary(tx, fan_in, rank):
+    state = tx.init(HERE)
+    a, b = jnp.ones((fan_in, rank)), jnp.ones((rank, OUT))
+    other = {"layer/kernel": lora.LoRA(a, b)}
+    match = rf"kernel/a` expected shape \(12, 3\), got \({fan_in}, {rank}\)"
+    for call in (optax_cl.begin_task, jax.jit(optax_cl.begin_task), boundary):
+        with pytest.raises(ValueError, match=match):
+            call(state, other)
+    seeds = jax.tree.map(lambda x: jnp.stack([x, x]), HERE)
+    optax_cl.begin_task(jax.vmap(tx.init)(seeds), seeds)
 
 
 def test_what_reads_a_memory_says_which_method_is_missing():
