@@ -11,6 +11,12 @@ import jax.numpy as jnp
 from optax_cl._core import checks, trees
 from optax_cl._core.matrices import to_matrix
 from optax_cl._core.streaming import check_batches, check_stacked, padded_batches
+from optax_cl._core.task_functions import (
+    Task,
+    check_classes,
+    check_labels,
+    require,
+)
 from optax_cl.lora._adapters import Targets, kernels
 from optax_cl.lora._checks import check_finite
 
@@ -26,7 +32,7 @@ class Conflict(NamedTuple):
 
 def mean_gradients(
     targets: Targets,
-    loss: Loss,
+    loss: Loss | Task,
     params: chex.ArrayTree,
     batches: Iterable[chex.ArrayTree] | chex.ArrayTree,
     *,
@@ -46,8 +52,9 @@ def mean_gradients(
 
     Args:
       targets: The kernels, from :func:`targets`.
-      loss: ``(params, batch) -> [B]``, the loss of each example, as ``Task.loss``. Keep
-        the function: one not seen before is compiled anew.
+      loss: ``(params, batch) -> [B]``, the loss of each example, as ``Task.loss``; or a
+        ``Task`` that has one, whose labels are then judged as ``optax_cl.collect``
+        judges them. Keep the function: one not seen before is compiled anew.
       params: Parameters of the model.
       batches: Trees of arrays with a leading axis of examples.
       stacked: Whether ``batches`` is one tree of arrays ``[batches, B, ...]`` instead.
@@ -57,8 +64,10 @@ def mean_gradients(
       gradient of one batch is taken in the dtype of the kernel, sums are not.
 
     Raises:
+      TypeError: If labels of a ``Task`` are no integers.
       ValueError: If there is no batch, a batch is malformed, ``loss`` does not return
-        one number an example, or a gradient is not finite (outside jit; with its path).
+        one number an example, a label of a ``Task`` is no class (where its value is
+        known), or, outside jit, a gradient (with its path) or a loss is not finite.
 
     Cost. Time: one forward and backward pass a batch. Memory beside the parameters and
     activations: the sums, one float32 copy of the targeted kernels, updated in place;
@@ -77,13 +86,22 @@ def mean_gradients(
       [[1. 1.]
        [2. 2.]]
     """
+    task = loss if isinstance(loss, Task) else Task(loss=loss)
+    loss = require(task, "loss", "`mean_gradients`")
     if stacked:
         check_stacked(batches)
-        means = _scan(loss, targets, params, batches)
+        _check_stacked_labels(task, params, batches)
+        means, finite = _scan(loss, targets, params, batches)
     else:
         check_batches(batches, 1)
-        means = _loop(loss, targets, params, batches)
+        means, finite = _loop(task, targets, params, batches)
     check_finite("the mean gradient", means)
+    if not isinstance(finite, jax.core.Tracer) and not finite:
+        raise ValueError(
+            "`loss` is not finite for some example of `batches`, though the gradient "
+            "is. Does a label stand for 'ignore'? Leave such examples out; a `Task` in "
+            "place of its `loss` tells which labels are no class."
+        )
     return means
 
 
@@ -139,44 +157,73 @@ def check_gradients(
     check_finite(f"`{name}`", gradients)
 
 
-def _zeros(targets, params):
-    return {
-        path: jnp.zeros(
-            targets[path].matrix_shape, trees.importance_dtype(kernel.dtype)
-        )
-        for path, kernel in kernels(targets, params).items()
-    }
+class _Sums(NamedTuple):
+    """What is summed up over batches."""
+
+    gradients: dict[str, Any]  # {path: [*batch, in, out]}
+    examples: chex.Array  # float32 []
+    finite: chex.Array  # bool [], whether all losses were
 
 
-def _loop(loss, targets, params, batches):
-    sums, total = _zeros(targets, params), jnp.zeros([], jnp.float32)
-    count = 0
+def _nothing(targets, params):
+    return _Sums(
+        gradients={
+            path: jnp.zeros(
+                targets[path].matrix_shape, trees.importance_dtype(kernel.dtype)
+            )
+            for path, kernel in kernels(targets, params).items()
+        },
+        examples=jnp.zeros([], jnp.float32),
+        finite=jnp.ones([], bool),
+    )
+
+
+def _loop(task, targets, params, batches):
+    sums, num_classes = None, None
     for batch, weights in padded_batches(batches):
-        sums, total = _step(loss, targets, sums, total, params, batch, weights)
-        count += 1
-    if count == 0:
+        if sums is None:
+            sums = _nothing(targets, params)
+            num_classes = _num_classes(task, params, batch)
+        if num_classes is not None:
+            check_classes(task.labels(batch), num_classes)
+        sums = _step(task.loss, targets, sums, params, batch, weights)
+    if sums is None:
         raise ValueError(
             "`batches` is empty, so there is no gradient to average. Is it an iterator "
             "that was gone through before?"
         )
-    return _finish(sums, total)
+    return _finish(sums.gradients, sums.examples), sums.finite
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scan(loss, targets, params, batches):
     weights = jnp.ones(jax.tree.leaves(batches)[0].shape[1], jnp.float32)
 
-    def step(carry, batch):
-        sums, total = carry
-        return _add(loss, targets, sums, total, params, batch, weights), None
+    def step(sums, batch):
+        return _add(loss, targets, sums, params, batch, weights), None
 
-    start = _zeros(targets, params), jnp.zeros([], jnp.float32)
-    (sums, total), _ = jax.lax.scan(step, start, batches)
-    return _divide(sums, total)
+    sums, _ = jax.lax.scan(step, _nothing(targets, params), batches)
+    return _mean(sums.gradients, sums.examples), sums.finite
 
 
-def _add(loss, targets, sums, total, params, batch, weights):
-    """Adds a batch to the sums, and its number of examples to the total."""
+def _check_stacked_labels(task, params, batches):
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
+    num_classes = _num_classes(task, params, first)
+    if num_classes is not None:
+        check_classes(jax.vmap(task.labels)(batches), num_classes)
+
+
+def _num_classes(task: Task, params: Any, batch: Any) -> int | None:
+    """How many classes the labels number; None for a task without labels."""
+    if task.labels is None or task.outputs is None:
+        return None
+    logits = jax.eval_shape(task.outputs, params, batch)
+    check_labels(jax.eval_shape(task.labels, batch), logits)
+    return logits.shape[-1]
+
+
+def _add(loss, targets, sums, params, batch, weights):
+    """The sums after one more batch."""
     chosen, put_back = _chosen(targets, params)
     n = weights.sum()
 
@@ -188,14 +235,14 @@ def _add(loss, targets, sums, total, params, batch, weights):
                 f"{weights.shape}; got {jnp.shape(losses)}. Do not take the mean."
             )
         # The mean of a batch, not its sum, which could overflow in half precision.
-        return jnp.sum(losses * weights) / n
+        return jnp.sum(losses * weights) / n, jnp.all(jnp.isfinite(losses))
 
-    gradients = jax.grad(mean_loss)(chosen)
+    gradients, finite = jax.grad(mean_loss, has_aux=True)(chosen)
     new = {
         path: acc + n * to_matrix(gradients[path], targets[path].view).astype(acc.dtype)
-        for path, acc in sums.items()
+        for path, acc in sums.gradients.items()
     }
-    return new, total + n
+    return _Sums(new, sums.examples + n, sums.finite & finite)
 
 
 def _chosen(targets, params):
@@ -217,14 +264,14 @@ def _chosen(targets, params):
     return chosen, put_back
 
 
-_step = jax.jit(_add, static_argnums=0, donate_argnums=(2, 3))
+_step = jax.jit(_add, static_argnums=0, donate_argnums=2)
 
 
-def _divide(sums, total):
-    return {path: acc / total.astype(acc.dtype) for path, acc in sums.items()}
+def _mean(gradients, examples):
+    return {path: acc / examples.astype(acc.dtype) for path, acc in gradients.items()}
 
 
-_finish = jax.jit(_divide, donate_argnums=0)
+_finish = jax.jit(_mean, donate_argnums=0)
 
 
 class _Products(NamedTuple):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import optax_cl
 from optax_cl import lora, matrix_views
 from optax_cl.lora import _gradients
 from tests.arrays import normal
@@ -167,9 +168,9 @@ def test_the_step_holds_one_copy_of_the_sums_and_less_than_one_of_gradients():
             x = jnp.tanh(x @ kernel)
         return x.sum(axis=1)
 
-    sums, total = _gradients._zeros(chosen, params), jnp.zeros([])
+    sums = _gradients._nothing(chosen, params)
     batch, weights = jnp.ones((4, 128)), jnp.ones(4)
-    step = _gradients._step.lower(loss, chosen, sums, total, params, batch, weights)
+    step = _gradients._step.lower(loss, chosen, sums, params, batch, weights)
     memory = step.compile().memory_analysis()
     copy = sum(p.nbytes for p in params.values())
     assert memory.alias_size_in_bytes >= copy
@@ -198,6 +199,61 @@ def test_a_gradient_that_is_not_finite_is_named():
     params, chosen, (x, y) = linear_case(4)
     with pytest.raises(ValueError, match="at `kernel` the mean gradient is not finite"):
         lora.mean_gradients(chosen, linear_loss, params, [(x.at[0].set(jnp.nan), y)])
+
+
+# --- Labels --------------------------------------------------------------------------
+
+
+def classifier(labels):
+    """A task of three classes, and batches of 4 and of 3 with these labels."""
+    params = {"kernel": normal(0, 4, 3)}
+    task = optax_cl.classification(lambda p, b: b["x"] @ p["kernel"], lambda b: b["y"])
+    batches = [{"x": normal(1, len(y), 4), "y": np.asarray(y)} for y in labels]
+    return lora.targets(params, {"kernel": 2}, alpha=1.0), task, params, batches
+
+
+def test_a_task_gives_the_gradient_of_its_loss():
+    chosen, task, params, batches = classifier(([0, 1, 2, 1], [2, 0, 0]))
+    expected = lora.mean_gradients(chosen, task.loss, params, batches)
+    found = lora.mean_gradients(chosen, task, params, batches)
+    np.testing.assert_array_equal(found["kernel"], expected["kernel"])
+    stacked = jax.tree.map(lambda x: np.stack([x[:3], x[1:]]), batches[0])
+    found = lora.mean_gradients(chosen, task, params, stacked, stacked=True)
+    inside = jax.jit(
+        lambda b: lora.mean_gradients(chosen, task, params, b, stacked=True)
+    )(stacked)
+    np.testing.assert_allclose(found["kernel"], inside["kernel"], rtol=1e-6)
+
+
+def test_labels_of_a_task_are_judged_as_collect_judges_them():
+    for second, error, match in [
+        ([2, 0, -1], ValueError, "`task.labels` must give classes from 0 to 2.*-1 to"),
+        ([2, 0, 3], ValueError, "`task.labels` must give classes from 0 to 2.*to 3"),
+    ]:
+        chosen, task, params, batches = classifier(([0, 1, 2, 1], second))
+        with pytest.raises(error, match=match):
+            lora.mean_gradients(chosen, task, params, batches)
+        stacked = jax.tree.map(lambda x: x[None], batches[1])
+        with pytest.raises(error, match=match):
+            lora.mean_gradients(chosen, task, params, stacked, stacked=True)
+    chosen, task, params, batches = classifier(([0.0, 1.0, 2.0, 1.0],))
+    with pytest.raises(TypeError, match="got dtype float"):
+        lora.mean_gradients(chosen, task, params, batches)
+    with pytest.raises(ValueError, match=r"`task\.loss` is None"):
+        lora.mean_gradients(chosen, optax_cl.Task(), params, batches)
+
+
+def test_a_loss_that_is_not_finite_is_told_where_the_gradient_is():
+    # The example with the label -1 adds nothing to the gradient, and its loss is NaN.
+    chosen, task, params, batches = classifier(([0, 1, 2, 1], [2, -1, 0]))
+    with pytest.raises(ValueError, match=r"`loss` is not finite.*label"):
+        lora.mean_gradients(chosen, task.loss, params, batches)
+    stacked = jax.tree.map(lambda x: x[None], batches[1])
+    with pytest.raises(ValueError, match=r"`loss` is not finite.*label"):
+        lora.mean_gradients(chosen, task.loss, params, stacked, stacked=True)
+
+
+# --- Conflicts -----------------------------------------------------------------------
 
 
 def test_cosines_equal_float64_for_each_layer_of_a_stack_and_over_all():
