@@ -9,12 +9,13 @@ import pytest
 
 import optax_cl
 from optax_cl._core import streaming
+from tests.arrays import normal
 
 KEY = jax.random.key(4)
-PARAMS = {"w": jax.random.normal(KEY, [6, 3])}
+PARAMS = {"w": normal(0, 6, 3)}
 BATCHES = {
-    "x": jax.random.normal(KEY, [3, 4, 6]),
-    "y": jax.random.randint(KEY, [3, 4], 0, 3),
+    "x": normal(1, 3, 4, 6),
+    "y": jnp.array(np.random.default_rng(2).integers(0, 3, [3, 4])),
 }
 LISTED = [jax.tree.map(lambda x, i=i: x[i], BATCHES) for i in range(3)]
 TASK = optax_cl.classification(lambda p, b: b["x"] @ p["w"], lambda b: b["y"])

@@ -21,7 +21,7 @@ from experiments.studies import lora_text
 
 PATTERN = r"layers/(q|k|v|o)/kernel"
 CONFIG = llama.LlamaConfig.tiny()
-PARAMS = llama.init(CONFIG, jax.random.key(0))
+PARAMS = jax.jit(llama.init, static_argnums=0)(CONFIG, jax.random.key(0))
 LAST = 2
 
 
