@@ -122,7 +122,8 @@ def from_safetensors(
     """Sizes and parameters from a folder in the layout of Hugging Face.
 
     Args:
-      folder: Holds ``config.json`` and one or more ``*.safetensors``.
+      folder: Holds ``config.json`` and one or more ``*.safetensors``: those that
+        ``model.safetensors.index.json`` names, or all if there is no such file.
       dtype: Dtype of the parameters.
 
     Returns:
@@ -133,7 +134,7 @@ def from_safetensors(
         variant, or a tensor is missing, too many, of the wrong shape or not finite.
     """
     folder = Path(folder)
-    config = _hf_config(folder / "config.json")
+    config, tied = _hf_config(folder / "config.json")
     tensors = _open_safetensors(folder)
     shapes = {name: read().shape for name, read in tensors.items()}
     # Old checkpoints store the rotary frequencies, and some the tied head once more.
@@ -147,6 +148,12 @@ def from_safetensors(
                 "head is tied to the embedding are supported."
             )
         del shapes["lm_head.weight"]
+    elif not tied:
+        raise DataError(
+            f"{folder / 'config.json'} says tie_word_embeddings = False, and there is "
+            "no `lm_head.weight`; only models whose head is tied to the embedding are "
+            "supported."
+        )
 
     def get(name: str) -> np.ndarray:
         return tensors[name]()
@@ -233,11 +240,19 @@ def _shortest(x: float) -> float:
     return float(str(np.float32(x)))
 
 
-def _hf_config(path: Path) -> LlamaConfig:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}).") from error
+    if not isinstance(stated, dict):
+        raise DataError(f"{path} must hold entries by name; got {stated!r}.")
+    return stated
+
+
+def _hf_config(path: Path) -> tuple[LlamaConfig, bool]:
+    """The sizes, and whether the head may be tied to the embedding."""
+    stated = _read_json(path)
     rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
     supported = {
         "model_type": (stated.get("model_type"), "llama"),
@@ -270,7 +285,7 @@ def _hf_config(path: Path) -> LlamaConfig:
             f"{path} says head_dim = {stated['head_dim']}; only hidden_size / "
             f"num_attention_heads = {config.head_dim} is supported."
         )
-    return config
+    return config, stated.get("tie_word_embeddings") is not False
 
 
 def _open_safetensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
@@ -282,9 +297,7 @@ def _open_safetensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
             "Reading safetensors needs the package `safetensors`: "
             "`pip install 'optax-cl[experiments]'`."
         ) from error
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DataError(f"{folder} holds no file *.safetensors.")
+    files = _files(folder)
     tensors: dict[str, Callable[[], np.ndarray]] = {}
     for path in files:
         try:
@@ -298,6 +311,22 @@ def _open_safetensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
                 raise DataError(f"{folder} holds the tensor `{name}` twice.")
             tensors[name] = lambda opened=opened, name=name: opened.get_tensor(name)
     return tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise DataError(f"{folder} holds no file *.safetensors.")
+        return files
+    names = sorted(set(_entry(_read_json(index), "weight_map", str(index)).values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise DataError(
+                f"{folder} lacks the file `{name}`, which {index.name} names. Fetch it."
+            )
+    return [folder / name for name in names]
 
 
 def _config(source: str, **sizes: Any) -> LlamaConfig:
