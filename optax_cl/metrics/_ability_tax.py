@@ -75,7 +75,7 @@ def ability_tax(
     retained = None
     if chance is not None:
         floor = _arrays.like_last_axis(
-            "chance", chance, probes[..., 0, :], "ability_tax"
+            "chance", chance, probes[..., 0, :], "ability_tax", per="probe"
         )
         ability = base - _arrays.sign(higher_is_better) * floor[..., None, :]
         _check_ability(ability)

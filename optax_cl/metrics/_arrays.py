@@ -64,8 +64,10 @@ def check_finite(
         )
 
 
-def like_last_axis(name: str, value: Any, reference: Array, reader: str) -> Array:
-    """A per-task array ``[T]`` or ``[..., T]``, broadcast to ``reference``'s shape."""
+def like_last_axis(
+    name: str, value: Any, reference: Array, reader: str, per: str = "task"
+) -> Array:
+    """An array ``[T]`` or ``[..., T]``, broadcast to ``reference``'s shape."""
     array = as_float(name, value)
     try:
         fits = np.broadcast_shapes(array.shape, reference.shape) == reference.shape
@@ -73,7 +75,7 @@ def like_last_axis(name: str, value: Any, reference: Array, reader: str) -> Arra
         fits = False
     if not fits or array.shape[-1:] != reference.shape[-1:]:
         raise ValueError(
-            f"`{name}` must have one entry per task, so shape "
+            f"`{name}` must have one entry per {per}, so shape "
             f"{reference.shape[-1:]} or {reference.shape}; got {array.shape}."
         )
     check_finite(name, array, reader)

@@ -60,7 +60,7 @@ def test_without_a_chance_level_no_share_is_told():
         (PROBES[:1], None, "the base model in row 0 and at least one stage"),
         (PROBES[0], None, "must have shape"),
         (np.where(PROBES == 0.625, np.nan, PROBES), None, "must be finite"),
-        (PROBES, [0.25, 0.25], "one entry per task"),
+        (PROBES, [0.25, 0.25], "one entry per probe"),
         (PROBES, [0.25, 0.5, 0.25], "on probe 1 it is not"),
     ],
 )
