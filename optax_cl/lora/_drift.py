@@ -41,8 +41,7 @@ def look(factors: _spectral.Factors, params: Any, master: Any) -> Seen:
             off = jnp.abs(gram - identity(gram))
             if members is rounded:
                 off = jnp.sum((p - jnp.stack([masters[i] for i in rounded])) ** 2, -2)
-            # Not the maximum: a number that is not finite would hide all others.
-            drift = jnp.fmax(drift, jnp.max(off).astype(jnp.float32))
+            drift = jnp.fmax(drift, _largest(off))
             lengths = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)
             for i, too_long in zip(members, lengths > _LONG, strict=True):
                 held[i] = too_long
@@ -56,6 +55,11 @@ def overlap(y: chex.Array, memory: chex.Array | None) -> chex.Array:
     """
     if memory is None:
         return jnp.zeros([], jnp.float32)
-    inside = jnp.max(jnp.abs(coefficients(memory, y)))
+    inside = jnp.max(jnp.abs(coefficients(memory, y)), axis=(-2, -1))
     # Of a long step rounding leaves a share.
-    return (inside / jnp.fmax(1.0, jnp.max(jnp.abs(y)))).astype(jnp.float32)
+    return _largest(inside / jnp.fmax(1.0, jnp.max(jnp.abs(y), axis=(-2, -1))))
+
+
+def _largest(x: chex.Array) -> chex.Array:
+    """The maximum of numbers that are not negative; a NaN does not hide the others."""
+    return jnp.max(jnp.fmax(x, 0.0)).astype(jnp.float32)

@@ -112,3 +112,37 @@ def test_drift_sees_columns_of_unit_length_that_are_not_orthogonal():
     _, state = run(tx, moved, pull(targets), 1, state)
     assert error_of(moved) < 1e-6
     assert float(state.drift) == pytest.approx(0.8, rel=1e-3)
+
+
+def two_layers(memory_rank=None):
+    """Two kernels of one shape, whose factors are computed as one stack."""
+    params = {f"layers/{i}": jnp.zeros((12, 12)) for i in range(2)}
+    targets = lora.targets(params, {"layers": 2}, alpha=4.0)
+    tx = lora.eblora(optax.sgd(1e-3), targets=targets, memory_rank=memory_rank)
+    adapters = start(targets)
+    return tx, adapters, tx.init(adapters)
+
+
+def test_drift_of_one_layer_is_told_beside_one_that_is_not_finite():
+    tx, adapters, state = two_layers()
+    first, second = adapters.values()
+    broken = jax.tree.map(lambda x: jnp.nan * x, first)
+    given = dict(
+        zip(adapters, (broken, second._replace(u=1.5 * second.u)), strict=True)
+    )
+    _, state = jax.jit(tx.update)(adapters, state, given)
+    assert float(state.drift) == pytest.approx(1.25, rel=1e-3)
+
+
+def test_overlap_of_one_layer_is_told_beside_a_long_step_of_another():
+    tx, adapters, state = two_layers(memory_rank=1)
+    v = adapters["layers/1"].v
+    basis = jax.tree.map(lambda m: m.at[:].set(v[:, :1]), state.memory.basis)
+    state = state._replace(memory=state.memory._replace(basis=basis))
+    off = adapters["layers/0"].v - v[:, :1] @ (v[:, :1].T @ adapters["layers/0"].v)
+    adapters["layers/0"] = adapters["layers/0"]._replace(v=stiefel.polar(off))
+    grads = jax.tree.map(jnp.zeros_like, adapters)
+    long = 1e9 * stiefel.tangent_project(adapters["layers/0"].v, jnp.ones((12, 2)))
+    grads["layers/0"] = grads["layers/0"]._replace(v=long)
+    _, state = jax.jit(tx.update)(grads, state, adapters)
+    assert float(state.drift) == pytest.approx(1.0, rel=1e-3)
