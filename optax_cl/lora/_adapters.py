@@ -278,7 +278,8 @@ def dense(
       ``[..., out]``, of the dtype of ``x @ kernel``.
 
     Raises:
-      ValueError: If ``x`` or the adapter does not fit the kernel.
+      ValueError: If the kernel is no matrix, or ``x`` or the adapter does not fit it.
+      TypeError: If ``adapter`` is something else, all adapters say.
     """
     _check_dense(x, kernel, adapter)
     y = x @ kernel
@@ -309,7 +310,9 @@ def check_targets(targets: Any) -> None:
         )
 
 
-def check_adapters(targets: Targets, adapters: Adapters) -> None:
+def check_adapters(
+    targets: Targets, adapters: Adapters, name: str = "adapters"
+) -> None:
     """Raises unless there is one adapter of the right shape for every target."""
     check_targets(targets)
     if not isinstance(adapters, Mapping) or set(adapters) != set(targets):
@@ -317,20 +320,20 @@ def check_adapters(targets: Targets, adapters: Adapters) -> None:
         if hasattr(adapters, "adapters"):
             got = f"{type(adapters).__name__}, whose field `adapters` has them"
         raise ValueError(
-            f"`adapters` must map the paths of `targets`, {sorted(targets)}, to "
+            f"`{name}` must map the paths of `targets`, {sorted(targets)}, to "
             f"adapters; got {got}."
         )
     for path, target in targets.items():
         adapter = adapters[path]
         if not is_adapter(adapter):
             raise ValueError(
-                f"`adapters` must hold LoRA or Spectral; at `{path}` got "
+                f"`{name}` must hold LoRA or Spectral; at `{path}` got "
                 f"{type(adapter).__name__}."
             )
         shapes = {name: jnp.shape(x) for name, x in adapter._asdict().items()}
         if not _fits(target.matrix_shape, shapes):
             raise ValueError(
-                f"the adapter at `{path}` must fit a kernel [*batch, in, out] = "
+                f"`{name}` at `{path}` must fit a kernel [*batch, in, out] = "
                 f"{target.matrix_shape}; got {shapes}."
             )
 
@@ -357,6 +360,12 @@ def product_factors(adapter: Adapter) -> tuple[chex.Array, chex.Array]:
 
 
 def _check_dense(x, kernel, adapter):
+    if jnp.ndim(kernel) != 2:
+        raise ValueError(
+            f"`kernel` must be [in, out]; got shape {jnp.shape(kernel)}. Use `dense` "
+            "inside a scan or a `jax.vmap` over stacked layers; other kernels take "
+            "`lora.merge`."
+        )
     fan_in = jnp.shape(kernel)[0]
     if jnp.shape(x)[-1:] != (fan_in,):
         raise ValueError(
@@ -366,6 +375,12 @@ def _check_dense(x, kernel, adapter):
         )
     if adapter is None:
         return
+    if not is_adapter(adapter):
+        raise TypeError(
+            "`adapter` must be a LoRA, a Spectral or None; got "
+            f"{type(adapter).__name__}. Take `adapters[path]` with the path of the "
+            "kernel."
+        )
     shapes = {name: jnp.shape(leaf) for name, leaf in adapter._asdict().items()}
     if not _fits(jnp.shape(kernel), shapes):
         raise ValueError(

@@ -30,11 +30,14 @@ def tolerance(x: Any) -> float:
     return 1e-3 if x.dtype.itemsize >= 4 else 1e-2
 
 
-def check_shape(name: str, x: Any, *shapes: tuple[int, ...]) -> None:
+def check_shape(
+    name: str, x: Any, *shapes: tuple[int, ...], seeds: bool = True
+) -> None:
     """Raises unless an array has one of these shapes, behind axes of seeds if any."""
     got = jnp.shape(x)
     # Seeds side by side stand in axes before those that `init` saw.
-    if not any(got[len(got) - len(shape) :] == shape for shape in shapes):
+    ends = [got[len(got) - len(shape) :] if seeds else got for shape in shapes]
+    if not any(end == shape for end, shape in zip(ends, shapes, strict=True)):
         raise ValueError(
             f"`{name}` must have shape {' or '.join(map(str, shapes))} for its target; "
             f"got {got}."

@@ -54,14 +54,9 @@ def check_leaves(rules: EbloraRules, params: Any, master: Any) -> None:
 def _check_leaf(
     rules: EbloraRules, role: _spectral.Role, leaf: Any, master: Any
 ) -> None:
-    if role.path is None or trees.is_hole(leaf):
+    if role.path is None or role.field is None or trees.is_hole(leaf):
         return
-    target = rules.targets[role.path]
-    *batch, fan_in, fan_out = target.matrix_shape
-    factor = (*batch, fan_out if role.field == "u" else fan_in, target.rank)
-    shapes = (
-        [tuple(batch), factor[:-2] + factor[-1:]] if role.field == "s" else [factor]
-    )
+    shapes = _spectral.shapes(rules.targets[role.path], role.field)
     _checks.check_shape(f"{role.path}/{role.field}", leaf, *shapes)
     if trees.is_masked(master) and leaf.dtype.itemsize < 4:
         raise ValueError(

@@ -107,7 +107,7 @@ def save_peft(
     check_adapters(targets, adapters)
     adapters = to_lora(adapters)
     if initial is not None:
-        check_adapters(targets, initial)
+        check_adapters(targets, initial, "initial")
         adapters = _less(adapters, to_lora(initial))
     tensors, ranks, alphas = {}, {}, {}
     for module, path, index in _modules(targets, names):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from optax_cl._core import checks, trees
 from optax_cl.lora import _checks
-from optax_cl.lora._adapters import Spectral, Targets, is_adapter
+from optax_cl.lora._adapters import Spectral, Target, Targets, is_adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,14 @@ def map_roles(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree.map(function, roles(tree), tree, *rest)
 
 
+def shapes(target: Target, field: str) -> tuple[tuple[int, ...], ...]:
+    """The shapes that a field of the adapter of a kernel may have."""
+    *batch, fan_in, fan_out = target.matrix_shape
+    if field == "s":
+        return (*batch,), (*batch, target.rank)
+    return ((*batch, fan_out if field == "u" else fan_in, target.rank),)
+
+
 def check_fit(targets: Targets, params: Any) -> None:
     """Raises unless every ``Spectral`` adapter has the shapes of its target.
 
@@ -79,22 +87,11 @@ def check_fit(targets: Targets, params: Any) -> None:
                 f"`params` has a `Spectral` adapter at `{path}`, which is none of "
                 f"`targets`, {sorted(targets)}."
             )
-        target = targets[path]
-        *batch, fan_in, fan_out = target.matrix_shape
-        expected = {
-            "s": ((*batch,), (*batch, target.rank)),
-            "u": ((*batch, fan_out, target.rank),),
-            "v": ((*batch, fan_in, target.rank),),
-        }
         for field, leaf in adapter._asdict().items():
             if trees.is_hole(leaf):
                 continue
-            if jnp.shape(leaf) not in expected[field]:
-                raise ValueError(
-                    f"`{path}/{field}` must have shape "
-                    f"{' or '.join(map(str, expected[field]))} for its target; got "
-                    f"{jnp.shape(leaf)}."
-                )
+            expected = shapes(targets[path], field)
+            _checks.check_shape(f"{path}/{field}", leaf, *expected, seeds=False)
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise TypeError(
                     f"`{path}/{field}` must be real and floating; got dtype "
@@ -106,15 +103,15 @@ def _check_no_other(targets: Targets, params: Any) -> None:
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapter)
     for path, node in nodes:
         name = checks.path_str(path)
-        if name not in targets:
-            continue
         if is_adapter(node):
-            raise ValueError(
-                f"`params` has a LoRA at `{name}`, but this method trains `Spectral` "
-                "adapters, as `lora.eblora_init` makes them; or convert by "
-                "`lora.to_spectral`."
-            )
-        if jnp.shape(node) == targets[name].shape:
+            # It stands under the path of its kernel, at any depth.
+            if path and getattr(path[-1], "key", None) in targets:
+                raise ValueError(
+                    f"`params` has a LoRA at `{name}`, but this method trains "
+                    "`Spectral` adapters, as `lora.eblora_init` makes them; or convert "
+                    "by `lora.to_spectral`."
+                )
+        elif name in targets and jnp.shape(node) == targets[name].shape:
             raise ValueError(
                 f"`params` must be the adapters, but at `{name}` there is the kernel "
                 "itself. Make adapters with `lora.eblora_init(targets, gradients)`."

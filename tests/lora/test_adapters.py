@@ -235,6 +235,10 @@ def test_dense_names_what_does_not_fit():
         ValueError, match=r"`adapter` must fit .*\(4, 3\).*'a': \(3, 2\)"
     ):
         lora.dense(jnp.ones((7, 4)), kernel, other, 1.0)
+    with pytest.raises(ValueError, match=r"`kernel` must be \[in, out\].*\(2, 4, 3\)"):
+        lora.dense(jnp.ones((7, 4)), jnp.stack([kernel, kernel]), adapter, 1.0)
+    with pytest.raises(TypeError, match=r"`adapter` must be .* got dict.*\[path\]"):
+        lora.dense(jnp.ones((7, 4)), kernel, {"kernel": adapter}, 1.0)
     assert lora.dense(jnp.ones(4), kernel, adapter, 1.0).shape == (3,)
 
 

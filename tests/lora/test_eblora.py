@@ -373,6 +373,11 @@ def test_errors_of_adapters_name_the_leaf():
     ]:
         with pytest.raises(ValueError, match=match):
             tx.init(adapters)
+    plain = lora.LoRA(good.v, good.u.T)
+    for params, where in [({PATH: plain}, PATH), ({"all": {PATH: plain}}, "all/")]:
+        with pytest.raises(ValueError, match=f"has a LoRA at `{where}.*to_spectral"):
+            tx.init(params)
+    tx.init(plain)  # of which kernel, nobody can tell
     with pytest.raises(ValueError, match="`params` is None"):
         tx.update({PATH: good}, tx.init({PATH: good}))
     full = chosen(fan_in=2, rank=2)
