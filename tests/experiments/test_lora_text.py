@@ -128,6 +128,7 @@ class FewWords(Words):
         return types.SimpleNamespace(ids=[i % CONFIG.vocabulary for i in ids])
 
 
+@pytest.mark.slow
 def test_the_pairs_of_least_cosine_are_reported_and_come_last(tmp_path):
     size = {"layers": LAST, "length": 16, "batch": 4, "answer": 4}
     size |= {"warm": 2, "train": 8, "test": 4}
@@ -265,7 +266,9 @@ def test_cosines_of_gradients_are_one_with_themselves_and_symmetric(tiny):
     np.testing.assert_allclose(cosines, cosines.T)
 
 
-@pytest.mark.parametrize("examples", [8, 30, 300])
+@pytest.mark.parametrize(
+    "examples", [300, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 30))]
+)
 def test_questions_with_few_texts_are_compared_on_what_they_have(tiny, examples):
     settings, data = tiny
     settings = settings._replace(batch=12)

@@ -204,9 +204,8 @@ def folder_of_two_tasks(folder):
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["LoRA", pytest.param("LoRA per task", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LoRA", "LoRA per task"])
 def test_a_tiny_model_learns_a_free_answer_from_a_folder(name, tmp_path, monkeypatch):
     params = llama.init(CONFIG, jax.random.key(0))
     # As it is, the head can't tell tokens apart with any confidence.
