@@ -48,8 +48,10 @@ SHARED = {
         "_gradients",
         "_inputs",
         "_memory",
+        "_peft_files",
         "_rows",
         "_spectral",
+        "_targets",
     }
 }
 # Room -> the packages of others it may import, where not RUNTIME.

@@ -10,15 +10,10 @@ from optax_cl.lora._adapters import Adapter as Adapter
 from optax_cl.lora._adapters import Adapters as Adapters
 from optax_cl.lora._adapters import LoRA as LoRA
 from optax_cl.lora._adapters import Spectral as Spectral
-from optax_cl.lora._adapters import Target as Target
-from optax_cl.lora._adapters import Targets as Targets
 from optax_cl.lora._adapters import count as count
 from optax_cl.lora._adapters import dense as dense
-from optax_cl.lora._adapters import kernels as kernels
 from optax_cl.lora._adapters import merge as merge
 from optax_cl.lora._adapters import product as product
-from optax_cl.lora._adapters import replace_kernels as replace_kernels
-from optax_cl.lora._adapters import targets as targets
 from optax_cl.lora._adapters import unmerge as unmerge
 from optax_cl.lora._convert import labels as labels
 from optax_cl.lora._convert import to_lora as to_lora
@@ -62,3 +57,8 @@ from optax_cl.lora._slice import slice_init as slice_init
 from optax_cl.lora._stack import select as select
 from optax_cl.lora._stack import stack as stack
 from optax_cl.lora._stack import store as store
+from optax_cl.lora._targets import Target as Target
+from optax_cl.lora._targets import Targets as Targets
+from optax_cl.lora._targets import kernels as kernels
+from optax_cl.lora._targets import replace_kernels as replace_kernels
+from optax_cl.lora._targets import targets as targets

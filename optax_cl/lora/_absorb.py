@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from optax_cl._core import checks, decompositions, trees
 from optax_cl._core.linalg import PRECISION
-from optax_cl.lora._adapters import Adapters, LoRA, Target, Targets, product, unmerge
+from optax_cl.lora._adapters import Adapters, LoRA, product, unmerge
 from optax_cl.lora._checks import check_each
+from optax_cl.lora._targets import Target, Targets
 
 # Which singular vectors the factors take: (of a, of b), as multiples of the rank.
 # Papers name the factors of y = W x, whose A is a.T here and whose B is b.T; the names

@@ -14,8 +14,8 @@ import numpy as np
 
 from optax_cl._core import checks
 from optax_cl.lora import _memory
-from optax_cl.lora._adapters import Targets
-from optax_cl.lora._adapters import check_targets as check_targets
+from optax_cl.lora._targets import Targets
+from optax_cl.lora._targets import check_targets as check_targets
 
 # One number, or pairs of a path and a number.
 Ranks = int | tuple[tuple[str, int], ...]

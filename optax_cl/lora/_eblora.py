@@ -23,8 +23,8 @@ from optax_cl.lora import (
     _spectral,
     stiefel,
 )
-from optax_cl.lora._adapters import Targets
 from optax_cl.lora._eblora_state import EbloraRules, EbloraState
+from optax_cl.lora._targets import Targets
 
 
 def eblora(

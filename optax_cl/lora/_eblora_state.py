@@ -12,7 +12,7 @@ import optax
 
 from optax_cl._core import tasks, trees
 from optax_cl.lora import _capacity, _checks, _memory, _spectral
-from optax_cl.lora._adapters import Targets
+from optax_cl.lora._targets import Targets
 
 # Rounding explains some 5e-6: of a Gram matrix in float32, and of the squared distance
 # of a bfloat16 column from its master copy.

@@ -16,7 +16,8 @@ import optax
 
 from optax_cl._core import checks, tasks, trees
 from optax_cl.lora import _capacity, _checks, _factors, _inputs, _memory
-from optax_cl.lora._adapters import LoRA, Targets, is_adapter
+from optax_cl.lora._adapters import LoRA, is_adapter
+from optax_cl.lora._targets import Targets
 
 STATISTICS = (*_memory.STATISTICS, "inputs")
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from optax_cl._core import decompositions
 from optax_cl.lora import _memory
-from optax_cl.lora._adapters import Adapters, LoRA, Targets
+from optax_cl.lora._adapters import Adapters, LoRA
 from optax_cl.lora._checks import check_each, check_finite
+from optax_cl.lora._targets import Targets
 
 
 def frozen_a_init(

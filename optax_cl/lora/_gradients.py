@@ -17,8 +17,8 @@ from optax_cl._core.task_functions import (
     check_labels,
     require,
 )
-from optax_cl.lora._adapters import Targets, kernels
 from optax_cl.lora._checks import check_finite
+from optax_cl.lora._targets import Targets, kernels
 
 Loss = Callable[[Any, Any], chex.Array]
 

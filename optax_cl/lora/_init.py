@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from optax_cl._core import checks, decompositions
 from optax_cl.lora._absorb import Start, factor_dtype, per_target
-from optax_cl.lora._adapters import LoRA, Targets, kernels
+from optax_cl.lora._adapters import LoRA
+from optax_cl.lora._targets import Targets, kernels
 
 
 def lora_init(targets: Targets, params: chex.ArrayTree, key: chex.PRNGKey) -> Start:

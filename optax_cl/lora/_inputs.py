@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_cl._core import checks, linalg, streaming, tasks
 from optax_cl.lora import _memory
-from optax_cl.lora._adapters import Targets
+from optax_cl.lora._targets import Targets
 
 LayerInputs = Callable[[Any, Any], chex.ArrayTree]
 

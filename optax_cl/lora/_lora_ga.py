@@ -14,9 +14,9 @@ from optax_cl.lora._absorb import (
     check_svd,
     gradient_adapters,
 )
-from optax_cl.lora._adapters import Targets, kernels
 from optax_cl.lora._checks import check_directions
 from optax_cl.lora._gradients import check_gradients
+from optax_cl.lora._targets import Targets, kernels
 
 
 def lora_ga_init(

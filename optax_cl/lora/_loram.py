@@ -14,7 +14,8 @@ from optax_cl.lora._absorb import (
     per_target,
     scale_like_kernel,
 )
-from optax_cl.lora._adapters import LoRA, Targets, kernels
+from optax_cl.lora._adapters import LoRA
+from optax_cl.lora._targets import Targets, kernels
 
 
 def loram_init(targets: Targets, params: chex.ArrayTree) -> Start:

@@ -22,7 +22,7 @@ from optax_cl._core import (
     statistics,
     tasks,
 )
-from optax_cl.lora._adapters import Targets, kernels, replace_kernels
+from optax_cl.lora._targets import Targets, kernels, replace_kernels
 
 STATISTICS = ("mean", "batches")
 OVERFLOWS = ("strongest", "error")

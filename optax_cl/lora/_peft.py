@@ -13,37 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cl.lora._adapters import Adapters, LoRA, Target, Targets, check_adapters
+from optax_cl.lora import _peft_files as files
+from optax_cl.lora._adapters import Adapters, LoRA, check_adapters
 from optax_cl.lora._convert import to_lora
+from optax_cl.lora._targets import Target, Targets
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LAYERS = ("layers", "layer", "blocks", "block", "h")
-
-# What would change the model in ways that two factors can't hold.
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-)
-# Starts that leave the base weights alone; files of the others fit other weights.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-}
 
 
 def save_peft(
@@ -103,7 +79,7 @@ def save_peft(
       >>> print(jnp.array_equal(again.a, start.adapters["layers/0/q_proj/kernel"].a))
       True
     """
-    safetensors = _safetensors()
+    safetensors = files.import_safetensors()
     check_adapters(targets, adapters)
     adapters = to_lora(adapters)
     if initial is not None:
@@ -137,8 +113,10 @@ def save_peft(
     }
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    safetensors.numpy.save_file(
+        tensors, folder / files.TENSORS, metadata={"format": "pt"}
+    )
+    (folder / files.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _less(adapters: Adapters, initial: Adapters) -> Adapters:
@@ -183,10 +161,10 @@ def load_peft(
       ImportError: Without safetensors.
     """
     folder = pathlib.Path(directory)
-    config = _read_config(folder / CONFIG)
-    tensors = _read_tensors(folder / TENSORS)
+    config = files.read_config(folder / files.CONFIG)
     modules = list(_modules(targets, names))
-    _check_keys(tensors, modules, folder / TENSORS)
+    expected = {_key(module, factor) for module, *_ in modules for factor in "AB"}
+    tensors = files.read_tensors(folder / files.TENSORS, expected)
     loaded: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for module, path, _ in modules:
         rank = _look_up(config, "rank_pattern", "r", module)
@@ -194,12 +172,14 @@ def load_peft(
         *_, fan_in, fan_out = targets[path].matrix_shape
         if rank != targets[path].rank:
             raise ValueError(
-                f"`{folder / CONFIG}` gives the module `{module}` rank {rank}, but the "
-                f"target `{path}` has rank {targets[path].rank}. Make the targets with "
-                f"the ranks of the file."
+                f"`{folder / files.CONFIG}` gives the module `{module}` rank {rank}, "
+                f"but the target `{path}` has rank {targets[path].rank}. Make the "
+                "targets with the ranks of the file."
             )
-        a = _tensor(tensors, _key(module, "A"), (rank, fan_in), path)
-        b = _tensor(tensors, _key(module, "B"), (fan_out, rank), path)
+        shapes = {_key(module, "A"): (rank, fan_in), _key(module, "B"): (fan_out, rank)}
+        for name, shape in shapes.items():
+            files.check_tensor(name, tensors[name], shape, path)
+        a, b = (tensors[name] for name in shapes)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         ratio = scale / targets[path].scale
         loaded.setdefault(path, []).append((a.T, np.float32(ratio) * b.T))
@@ -296,112 +276,7 @@ def _look_up(config: dict[str, Any], pattern: str, default: str, module: str) ->
     return config[default]
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    _check_exists(path)
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path}` is no JSON: {error}.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        got = config.get("peft_type") if isinstance(config, dict) else config
-        raise ValueError(f"`{path}` must have peft_type 'LORA'; got {got!r}.")
-    numbers = {name: config.get(name) for name in ("r", "lora_alpha")}
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        given = config.get(pattern) or {}
-        try:
-            numbers |= {f"{pattern}[{k}]": x for k, x in given.items() if re.compile(k)}
-        except (AttributeError, re.error) as error:
-            raise ValueError(
-                f"`{path}` must give `{pattern}` as a map from regular expressions to "
-                f"numbers; got {given!r} ({error})."
-            ) from error
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"`{path}` must give `{name}`, above 0; got {value!r}.")
-    asked = [name for name in _UNSUPPORTED if config.get(name)]
-    if config.get("bias", "none") != "none":
-        asked.append("bias")
-    if config.get("init_lora_weights") not in _PLAIN_STARTS:
-        asked.append("init_lora_weights")
-    if asked:
-        shown = ", ".join(f"{name}={config[name]!r}" for name in asked)
-        raise ValueError(
-            f"`{path}` asks for {shown}, which two factors beside unchanged weights "
-            "can't hold. Convert the adapter with PEFT first, or merge it there."
-        )
-    return config
-
-
-def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    safetensors = _safetensors()
-    _check_exists(path)
-    try:
-        # The NumPy face of safetensors doesn't know bfloat16.
-        entries = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"`{path}` is damaged or no safetensors file: {error}. Fetch it anew."
-        ) from error
-    tensors = {}
-    for name, entry in entries:
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"`{path}` holds `{name}` as {entry['dtype']}; expected one of "
-                f"{', '.join(_DTYPES)}."
-            )
-        flat = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
-        tensors[name] = flat.reshape(entry["shape"]).astype(np.float32)
-    return tensors
-
-
-def _check_exists(path: pathlib.Path) -> None:
-    if not path.is_file():
-        pickled = path.with_suffix(".bin")
-        hint = ""
-        if path.name == TENSORS and pickled.is_file():
-            hint = f" `{pickled.name}` is a pickle: save it with safetensors first."
-        raise FileNotFoundError(f"there is no `{path}`.{hint}")
-
-
-def _check_keys(tensors, modules, path) -> None:
-    expected = {_key(module, factor) for module, *_ in modules for factor in "AB"}
-    missing, more = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-    if missing or more:
-        raise ValueError(
-            f"`{path}` must hold the tensors of the targets, and no others: "
-            f"{_counted(missing)} missing, {_counted(more)} not expected. Choose the "
-            "targets that the file has, and give their module names by `names=`."
-        )
-
-
-def _counted(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} ({shown})" if names else "none"
-
-
-def _tensor(tensors, name, shape, path) -> np.ndarray:
-    tensor = tensors[name]
-    if tensor.shape != shape:
-        raise ValueError(
-            f"the tensor `{name}` must have shape {shape} to fit the target `{path}`; "
-            f"got {tensor.shape}."
-        )
-    if not np.isfinite(tensor).all():
-        raise ValueError(f"the tensor `{name}` holds numbers that are not finite.")
-    return tensor
-
-
 def _stacked(target: Target, layers: list[tuple[np.ndarray, np.ndarray]]) -> LoRA:
     batch = target.matrix_shape[:-2]
     a, b = (np.stack(x).reshape(*batch, *x[0].shape) for x in zip(*layers, strict=True))
     return LoRA(jnp.asarray(a), jnp.asarray(b))
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            "PEFT files need safetensors: pip install 'optax-cl[peft]'."
-        ) from error
-    return safetensors

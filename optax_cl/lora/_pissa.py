@@ -14,8 +14,9 @@ from optax_cl.lora._absorb import (
     per_target,
     singular_vectors,
 )
-from optax_cl.lora._adapters import LoRA, Targets, kernels
+from optax_cl.lora._adapters import LoRA
 from optax_cl.lora._checks import check_each
+from optax_cl.lora._targets import Targets, kernels
 
 
 def pissa_init(

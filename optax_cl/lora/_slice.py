@@ -17,9 +17,9 @@ from optax_cl.lora._absorb import (
     check_svd,
     gradient_adapters,
 )
-from optax_cl.lora._adapters import Targets, kernels
 from optax_cl.lora._checks import check_directions, check_each
 from optax_cl.lora._gradients import check_gradients, conflict
+from optax_cl.lora._targets import Targets, kernels
 
 # The selections in LoRA-GA's names: where A and where B start.
 _SELECTIONS = {"disjoint": "A2rBr", "top": "ArBr"}

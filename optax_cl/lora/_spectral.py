@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from optax_cl._core import checks, trees
 from optax_cl.lora import _checks
-from optax_cl.lora._adapters import Spectral, Target, Targets, is_adapter
+from optax_cl.lora._adapters import Spectral, is_adapter
+from optax_cl.lora._targets import Target, Targets
 
 
 @dataclasses.dataclass(frozen=True)
