@@ -230,6 +230,8 @@ def eblora(
 
     def update_fn(updates, state, params=None, **extra_args):
         checks.check_params("eblora", params)
+        params = trees.align("params", params, updates)
+        trees.check_fits("params", params, state.master, shapes=False)
         _eblora_state.check_leaves(rules, params, state.master)
         bases = None if state.memory is None else state.memory.basis
         points = _points(params, state.master)

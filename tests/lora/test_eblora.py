@@ -380,6 +380,19 @@ def test_errors_of_adapters_name_the_leaf():
     tx.init(plain)  # of which kernel, nobody can tell
     with pytest.raises(ValueError, match="`params` is None"):
         tx.update({PATH: good}, tx.init({PATH: good}))
+    state = tx.init({PATH: good})
+    for grads, params, match in [
+        (
+            {PATH: good, "head": good.u},
+            None,
+            "`the optimizer state` must have the tree",
+        ),
+        ({}, None, "`the optimizer state` must have the tree"),
+        ({PATH: good}, {PATH: good.u}, "`params` must have the tree structure"),
+        ({PATH: good}, {PATH: good._replace(u=good.v)}, r"`params` .*kernel/u`"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            tx.update(grads, state, grads if params is None else params)
     full = chosen(fan_in=2, rank=2)
     with pytest.raises(ValueError, match="no room"):
         lora.eblora(optax.sgd(0.1), targets=full, memory_rank=1).init(start(full))
