@@ -3,6 +3,7 @@
 from optax_cl import boundaries as boundaries
 from optax_cl import lora as lora
 from optax_cl import metrics as metrics
+from optax_cl import recipes as recipes
 from optax_cl._core.matrices import MatrixView as MatrixView
 from optax_cl._core.matrices import matrix_views as matrix_views
 from optax_cl._core.schema import check_schema as check_schema

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_cl
-from optax_cl import lora, penalties, testing
+from optax_cl import lora, penalties, recipes, testing
 
 Schedulable = optax.ScalarOrSchedule
 
@@ -220,6 +220,37 @@ def _decoupled_adamw(
     )
 
 
+def _recipes() -> dict[str, "Entry"]:
+    """The ready-made optimizers."""
+
+    def replay_adamw(learning_rate: Schedulable = LR, rho: Schedulable = 0.3, b1=0.9):
+        return recipes.replay_adamw(learning_rate, rho, b1=b1)
+
+    def agem_adamw(learning_rate: Schedulable = LR, b1=0.9):
+        return recipes.agem_adamw(learning_rate, b1=b1)
+
+    def ewc_adamw(learning_rate: Schedulable = LR, strength: Schedulable = 3.0):
+        return recipes.ewc_adamw(learning_rate, strength)
+
+    def protected_adamw(
+        learning_rate: Schedulable = LR, strength: Schedulable = 0.5, b1=0.9
+    ):
+        return recipes.protected_adamw(learning_rate, 1, strength, b1=b1)
+
+    def projected_adamw(learning_rate: Schedulable = LR, threshold=0.9, b1=0.9):
+        return recipes.projected_adamw(learning_rate, 1, threshold=threshold, b1=b1)
+
+    return {
+        "agem_adamw": Entry(
+            agem_adamw, extra_args=_reference, agreeing=_same_reference
+        ),
+        "ewc_adamw": Entry(ewc_adamw),
+        "projected_adamw": Entry(projected_adamw, needs_matrix=True),
+        "protected_adamw": Entry(protected_adamw, needs_matrix=True),
+        "replay_adamw": Entry(replay_adamw, extra_args=_replay),
+    }
+
+
 def _capture_raw(b1=0.9):
     return optax_cl.capture_raw(optax.chain(*_adam(b1)))
 
@@ -286,8 +317,10 @@ def _olora_project():
     return optax_cl.scale_by_decoupled_adam(), project, optax.scale(-LR)
 
 
-# Entries of further settings that only the slow tests hold to the whole contract.
+# Entries of further settings, and of ready-made chains of what stands here already,
+# that only the slow tests hold to the whole contract.
 SLOW = (
+    *_recipes(),
     "attenuate[one_minus]",
     "attenuate[proportional]",
     "attenuate[ratchet]",
@@ -325,6 +358,7 @@ ENTRIES: dict[str, Entry] = {
     "olora_project": _captured(_olora_project)._replace(needs_matrix=True),
     "project": _captured(_project)._replace(needs_matrix=True),
     "protect": _captured(_protect_links)._replace(needs_matrix=True),
+    **_recipes(),
     "rescale_by_importance": _captured(_rescale),
     "scale_by_decoupled_adam": _captured(_adam),
     "scale_by_decoupled_adam[raw]": _captured(_adam_raw),

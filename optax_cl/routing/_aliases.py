@@ -68,29 +68,22 @@ def decoupled_adamw(
       >>> print(updates.round(3))
       [-0.1 -0.1]
     """
-    for name, links in (("modifiers", modifiers), ("post", post)):
-        if isinstance(links, optax.GradientTransformation):
-            raise TypeError(
-                f"`{name}` must be a sequence; wrap the one link in a list."
-            )
-        for i, link in enumerate(links):
-            _capture.check_transformation(f"{name}[{i}]", link)
-    checks.check_number("learning_rate", learning_rate, low=0.0, schedule=True)
-    checks.check_number("weight_decay", weight_decay, low=0.0)
-    adam = _adam.scale_by_decoupled_adam(
-        b1,
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
+    links = adamw_links(
+        learning_rate,
+        modifiers,
+        post,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+        weight_decay=weight_decay,
+        mask=mask,
         nesterov=nesterov,
         first_moment=first_moment,
         second_moment=second_moment,
     )
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    tx = _capture.chain(
-        *modifiers, adam, decay, *post, optax.scale_by_learning_rate(learning_rate)
-    )
+    tx = _capture.chain(*links)
 
     def init_fn(params):
         state: Any = tx.init(params)
@@ -111,6 +104,34 @@ def decoupled_adamw(
         return state
 
     return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+
+
+def adamw_links(
+    learning_rate: optax.ScalarOrSchedule,
+    modifiers: Sequence[optax.GradientTransformation],
+    post: Sequence[optax.GradientTransformation],
+    *,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    **adam: Any,
+) -> list[optax.GradientTransformation]:
+    """The links of ``decoupled_adamw`` in their order, without a capture."""
+    for name, links in (("modifiers", modifiers), ("post", post)):
+        if isinstance(links, optax.GradientTransformation):
+            raise TypeError(
+                f"`{name}` must be a sequence; wrap the one link in a list."
+            )
+        for i, link in enumerate(links):
+            _capture.check_transformation(f"{name}[{i}]", link)
+    checks.check_number("learning_rate", learning_rate, low=0.0, schedule=True)
+    checks.check_number("weight_decay", weight_decay, low=0.0)
+    return [
+        *modifiers,
+        _adam.scale_by_decoupled_adam(**adam),
+        optax.add_decayed_weights(weight_decay, mask),
+        *post,
+        optax.scale_by_learning_rate(learning_rate),
+    ]
 
 
 def multi_steps(
