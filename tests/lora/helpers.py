@@ -1,4 +1,4 @@
-"""Balanced adapters of one kernel, a gradient that pulls on them, and steps."""
+"""Adapters: balanced ones, a gradient that pulls on them, and steps; random ones."""
 
 import functools
 
@@ -9,7 +9,7 @@ import optax
 
 import optax_cl
 from optax_cl import lora
-from tests.arrays import orthonormal
+from tests.arrays import normal, orthonormal
 
 PATH = "layer/kernel"
 
@@ -65,3 +65,23 @@ def run(tx, adapters, gradient, steps, state=None):
     """The adapters and the state after some steps; one compilation for each ``tx``."""
     state = tx.init(adapters) if state is None else state
     return scanned(tx, gradient, steps)((adapters, state))
+
+
+def plain():
+    """Parameters with kernels and what is none."""
+    return {
+        "embed": {"embedding": jnp.asarray(np.ones((11, 4), np.float32))},
+        "hidden": {"kernel": normal(1, 4, 6), "bias": normal(2, 6)},
+        "out": {"kernel": normal(3, 6, 3), "bias": None},
+    }
+
+
+def random_lora(targets, seed=0):
+    """Adapters of these targets whose products are not zero."""
+    adapters = {}
+    for i, (path, target) in enumerate(targets.items()):
+        *batch, fan_in, fan_out = target.matrix_shape
+        a = normal((seed, i, 0), *batch, fan_in, target.rank)
+        b = normal((seed, i, 1), *batch, target.rank, fan_out)
+        adapters[path] = lora.LoRA(a, b)
+    return adapters

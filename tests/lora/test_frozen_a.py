@@ -1,4 +1,4 @@
-"""The frozen input side: its start, its memory, and what that protects."""
+"""The frozen input side: its memory, and what that protects."""
 
 import chex
 import jax
@@ -36,10 +36,6 @@ def batch_of(n, dimensions=IN):
     """Inputs in the span of a few directions."""
     x = draw(n, dimensions) @ draw(dimensions, IN)
     return {"x": x, "y": draw(n, OUT)}
-
-
-def orthonormal(p, d=IN):
-    return jnp.asarray(np.linalg.qr(RNG.normal(size=(d, p)))[0], jnp.float32)
 
 
 def frozen(**kwargs):
@@ -84,105 +80,6 @@ def test_it_stands_last_or_weight_decay_moves_the_input_side():
         tx = optax.chain(*links)
         updates, _ = tx.update(gradient, tx.init(adapters), adapters)
         assert jnp.all(updates["kernel"].a == 0) == still
-
-
-# --- The start -----------------------------------------------------------------------
-
-
-def strongest_off(memory, f, r=R):
-    """Oracle: the leading left singular vectors of (I - M M^T) F, in 64 bits."""
-    m, f = np.float64(memory), np.float64(f)
-    return np.linalg.svd(f - m @ (m.T @ f))[0][:, :r]
-
-
-def assert_same_columns_up_to_signs(found, expected, atol=1e-5):
-    found = np.asarray(found)
-    signs = np.sign(np.sum(found * expected, axis=0))
-    np.testing.assert_allclose(found * signs, expected, atol=atol)
-
-
-def test_the_start_reads_the_strongest_gradient_directions_off_the_memory():
-    memory, gradient = orthonormal(3), draw(IN, OUT)
-    adapters = lora.frozen_a_init(TARGETS, {"kernel": gradient}, {"kernel": memory})
-    a, b = adapters["kernel"]
-    assert_same_columns_up_to_signs(a, strongest_off(memory, gradient))
-    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)
-    np.testing.assert_allclose(memory.T @ a, 0, atol=1e-6)
-    assert b.shape == (R, OUT)
-    assert jnp.all(b == 0)
-
-
-def test_the_start_from_input_covariances_is_that_of_inflora():
-    memory = orthonormal(3)
-    batches = [batch_of(8), batch_of(5)]
-    covariances = lora.input_covariances(
-        TARGETS, lambda params, batch: {"kernel": batch["x"]}, PARAMS, batches
-    )
-    x = np.concatenate([np.float64(b["x"]) for b in batches])
-    np.testing.assert_allclose(covariances["kernel"], x.T @ x / 13, rtol=1e-4)
-    adapters = lora.frozen_a_init(
-        TARGETS, covariances, {"kernel": memory}, scale=3**-0.5
-    )
-    expected = strongest_off(memory, x.T @ x) / np.sqrt(3)
-    assert_same_columns_up_to_signs(adapters["kernel"].a, expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_missing_directions_are_filled_up_off_the_memory(rank, scale):
-    memory = orthonormal(7)
-    # All but `rank` directions of it are protected.
-    gradient = scale * (draw(IN, rank) @ draw(rank, OUT))
-    gradient = gradient + scale * (memory @ draw(7, OUT))
-    adapters = lora.frozen_a_init(TARGETS, {"kernel": gradient}, {"kernel": memory})
-    a = adapters["kernel"].a
-    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)
-    np.testing.assert_allclose(memory.T @ a, 0, atol=1e-6)
-    if rank:
-        expected = strongest_off(memory, gradient / scale, 1)
-        assert_same_columns_up_to_signs(np.asarray(a[:, :1]), expected, atol=1e-4)
-
-
-def test_a_gradient_inside_the_memory_starts_elsewhere():
-    memory = orthonormal(4)
-    gradient = memory @ draw(4, OUT)
-    a = lora.frozen_a_init(TARGETS, {"kernel": gradient}, {"kernel": memory})[
-        "kernel"
-    ].a
-    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)
-    np.testing.assert_allclose(memory.T @ a, 0, atol=1e-6)
-
-
-def test_stacked_layers_start_one_by_one():
-    params = {"layers": {"kernel": jnp.zeros((3, IN, OUT))}}
-    views = optax_cl.matrix_views(stacked="layers")
-    targets = lora.targets(params, {"kernel": R}, alpha=1.0, matrices=views)
-    memory = jnp.stack([orthonormal(2) for _ in range(3)])
-    gradient = draw(3, IN, OUT).at[1].set(memory[1] @ draw(2, OUT))
-    a, b = lora.frozen_a_init(
-        targets, {"layers/kernel": gradient}, {"layers/kernel": memory}
-    )["layers/kernel"]
-    assert b.shape == (3, R, OUT)
-    for i in (0, 2):
-        assert_same_columns_up_to_signs(a[i], strongest_off(memory[i], gradient[i]))
-    np.testing.assert_allclose(jnp.einsum("lip,lir->lpr", memory, a), 0, atol=1e-6)
-
-
-def test_what_the_start_can_not_use_is_named():
-    good, memory = {"kernel": draw(IN, OUT)}, {"kernel": orthonormal(2)}
-    broken = {"kernel": good["kernel"].at[0, 0].set(jnp.nan)}
-    with pytest.raises(ValueError, match="at `kernel` `matrices` is not finite"):
-        lora.frozen_a_init(TARGETS, broken)
-    a = jax.jit(lambda g: lora.frozen_a_init(TARGETS, g, memory))(broken)["kernel"].a
-    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-6)
-    with pytest.raises(ValueError, match="none for `kernel`"):
-        lora.frozen_a_init(TARGETS, {})
-    with pytest.raises(ValueError, match=r"`matrices`.*shape \(4, 4\)"):
-        lora.frozen_a_init(TARGETS, {"kernel": jnp.eye(4)})
-    with pytest.raises(ValueError, match=r"`memory`.*shape \(4, 4\)"):
-        lora.frozen_a_init(TARGETS, good, {"kernel": jnp.eye(4)})
-    with pytest.raises(ValueError, match=r"holds 9 of the 10.*no 2 left"):
-        lora.frozen_a_init(TARGETS, good, {"kernel": orthonormal(9)})
 
 
 # --- The memory ----------------------------------------------------------------------
@@ -343,14 +240,6 @@ def test_an_adapter_as_wide_as_its_inputs_leaves_no_room_for_a_memory():
         lora.frozen_a(targets=targets, memory_rank=1)
 
 
-def test_a_start_from_nothing_is_named_outside_jit_and_orthonormal_inside():
-    nothing = {"kernel": jnp.zeros((IN, OUT))}
-    with pytest.raises(ValueError, match="at `kernel` `matrices` holds zero"):
-        lora.frozen_a_init(TARGETS, nothing)
-    a = jax.jit(lambda f: lora.frozen_a_init(TARGETS, f))(nothing)["kernel"].a
-    np.testing.assert_allclose(a.T @ a, np.eye(R), atol=1e-5)
-
-
 def test_begin_task_refuses_an_input_side_that_overlaps_the_memory():
     data = [batch_of(4)]
     state = boundary(frozen(statistic="inputs").init(start()), start(), data)
@@ -363,6 +252,18 @@ def test_begin_task_refuses_an_input_side_that_overlaps_the_memory():
             TARGETS, {"kernel": jnp.ones((IN, 4))}, lora.memory(state), scale=scale
         )
         optax_cl.begin_task(state, off)
+
+
+def test_begin_task_refuses_an_input_side_of_another_shape():
+    state = frozen().init(start())
+    for shape in ((IN, R + 1), (IN + 1, R)):
+        adapters = {"kernel": lora.LoRA(jnp.ones(shape), jnp.zeros((shape[1], OUT)))}
+        expected = rf"`kernel/a` must have shape \({IN}, {R}\) for its target; got"
+        for call in (optax_cl.begin_task, jax.jit(optax_cl.begin_task)):
+            with pytest.raises(ValueError, match=expected):
+                call(state, adapters)
+    seeds = jax.tree.map(lambda x: jnp.stack([x, x]), start())
+    optax_cl.begin_task(jax.vmap(frozen().init)(seeds), seeds)
 
 
 def test_what_the_memory_reads_must_be_given():
@@ -401,15 +302,3 @@ def test_with_a_memory_it_keeps_the_contract():
     # boundaries would have to start anew.
     factors = {"kernel": start()["kernel"]._asdict()}
     testing.check_contract(make, factors, collect=collect, converges=False)
-
-
-def test_begin_task_refuses_an_input_side_of_another_shape():
-    state = frozen().init(start())
-    for shape in ((IN, R + 1), (IN + 1, R)):
-        adapters = {"kernel": lora.LoRA(jnp.ones(shape), jnp.zeros((shape[1], OUT)))}
-        expected = rf"`kernel/a` must have shape \({IN}, {R}\) for its target; got"
-        for call in (optax_cl.begin_task, jax.jit(optax_cl.begin_task)):
-            with pytest.raises(ValueError, match=expected):
-                call(state, adapters)
-    seeds = jax.tree.map(lambda x: jnp.stack([x, x]), start())
-    optax_cl.begin_task(jax.vmap(frozen().init)(seeds), seeds)
