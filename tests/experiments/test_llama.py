@@ -1,4 +1,4 @@
-"""The decoder: cache, padding, adapters, precision, generation, module, bad input."""
+"""The decoder: cache, padding, adapters, precision, loss, module."""
 
 import dataclasses
 from operator import itemgetter
@@ -10,61 +10,35 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.models import generation, llama
-from experiments.models.llama import LlamaConfig
+from experiments.models import llama
 from optax_cl import lora, matrix_views
 from optax_cl._core import checks
-
-CONFIG = LlamaConfig.tiny()
-KERNELS = [f"layers/{name}/kernel" for name in llama.KERNELS]
-FORWARD = jax.jit(llama.forward, static_argnums=0)
-FEATURES = jax.jit(llama.features, static_argnums=0)
+from tests.experiments.tiny_llama import (
+    CONFIG,
+    FEATURES,
+    FORWARD,
+    KERNELS,
+    adapters_of,
+    close,
+    make_params,
+    make_targets,
+    make_tokens,
+)
 
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        if leaf.ndim < 3:
-            return jnp.float32(rng.uniform(0.5, 1.5, leaf.shape))
-        # Larger than they start, so that attention is far from uniform.
-        scale = 2.0 / np.sqrt(leaf.shape[1])
-        return jnp.float32(scale * rng.normal(size=leaf.shape))
-
-    drawn = jax.tree.map(draw, llama.abstract_params(CONFIG))
-    table = 0.1 * rng.normal(size=(CONFIG.vocabulary, CONFIG.width))
-    return drawn | {"embed": {"embedding": jnp.float32(table)}}
+    return make_params()
 
 
 @pytest.fixture(scope="module")
 def tokens():
-    return jax.random.randint(jax.random.key(1), (3, 11), 0, CONFIG.vocabulary)
+    return make_tokens()
 
 
 @pytest.fixture(scope="module")
-def targets(params):
-    return lora.targets(
-        params,
-        {"layers/.*/kernel": 2},
-        alpha=6.0,
-        matrices=matrix_views(stacked="layers"),
-    )
-
-
-def adapters_of(kind, targets, paths=KERNELS, seed=2):
-    rng = np.random.default_rng(seed)
-    out = {}
-    for path in paths:
-        layers, fan_in, fan_out = targets[path].matrix_shape
-        a = jnp.float32(rng.normal(size=(layers, fan_in, 2)) / np.sqrt(fan_in))
-        b = jnp.float32(rng.normal(size=(layers, 2, fan_out)) / 2)
-        if kind == "lora":
-            out[path] = lora.LoRA(a, b)
-        else:
-            s = jnp.float32(rng.uniform(0.5, 2.0, layers))
-            out[path] = lora.Spectral(s, b.swapaxes(1, 2), a)
-    return out
+def targets():
+    return make_targets()
 
 
 PADDED = jnp.ones((3, 11), bool).at[1].set(False).at[2, :3].set(False)
@@ -90,10 +64,6 @@ def value_and_gradient(loss):
 @pytest.fixture(scope="module")
 def found(value_and_gradient, params, targets):
     return value_and_gradient(params, adapters_of("lora", targets), CONFIG)
-
-
-def close(a, b, tolerance=2e-5):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 # Time.
@@ -328,71 +298,6 @@ def test_weights_choose_targets_and_each_target_is_read_off_the_position_before(
     assert llama.next_token_loss(logits, tokens, jnp.zeros((1, 3))) == 0.0
 
 
-# Generation.
-
-
-def continued(params, tokens, steps, **kwargs):
-    """Takes the likeliest token of a full pass over everything so far."""
-    batch, time = tokens.shape
-    # What comes after doesn't matter, so that one length compiles once.
-    tokens = np.concatenate([tokens, np.zeros((batch, 17 - time), np.int32)], 1)
-    for t in range(time, time + steps):
-        logits = FORWARD(CONFIG, params, tokens, **kwargs)
-        tokens[:, t] = logits[:, t - 1].argmax(-1)
-    return tokens[:, time : time + steps]
-
-
-def test_greedy_generation_takes_the_likeliest_token_each_time(params, tokens, targets):
-    adapters = adapters_of("lora", targets, KERNELS[:2])
-    for extra in ({}, {"adapters": adapters, "targets": targets}):
-        found = generation.generate(CONFIG, params, tokens, 6, **extra)
-        np.testing.assert_array_equal(found, continued(params, tokens, 6, **extra))
-
-
-def test_ragged_prompts_are_continued_as_if_alone(params, tokens):
-    pads = np.array([0, 4, 7])
-    mask = np.arange(11) >= pads[:, None]
-    found = generation.generate(CONFIG, params, tokens * mask, 4, mask=mask)
-    for i, n in enumerate(pads):
-        alone = continued(params, tokens[i : i + 1, n:], 4)[0]
-        np.testing.assert_array_equal(found[i], alone)
-
-
-def test_after_the_stop_token_there_is_nothing_else(params, tokens):
-    free = np.asarray(generation.generate(CONFIG, params, tokens, 8))
-    stop = int(free[0, 3])
-    found = np.asarray(generation.generate(CONFIG, params, tokens, 8, stop=stop))
-    for row, whole in zip(found, free, strict=True):
-        at = list(whole).index(stop) if stop in whole else 8
-        np.testing.assert_array_equal(row[:at], whole[:at])
-        assert (row[at:] == stop).all()
-    assert (found[0] == stop).any()
-
-
-def test_sampling_follows_the_probabilities_and_the_key(params, tokens):
-    prompt = jnp.tile(tokens[:1], (4000, 1))
-    draw = lambda seed, heat: generation.generate(  # noqa: E731
-        CONFIG, params, prompt, 1, key=jax.random.key(seed), temperature=heat
-    )[:, 0]
-    logits = FORWARD(CONFIG, params, tokens[:1])[0, -1]
-    for heat in (1.0, 0.3):
-        shares = np.bincount(draw(0, heat), minlength=64) / 4000
-        expected = np.asarray(jax.nn.softmax(logits / heat))
-        # Five standard errors of a share.
-        assert (np.abs(shares - expected) < 5 * np.sqrt(expected / 4000) + 1e-3).all()
-    np.testing.assert_array_equal(draw(1, 1.0), draw(1, 1.0))
-    assert (draw(1, 1.0) != draw(2, 1.0)).any()
-
-
-def test_one_compilation_decodes_any_number_of_tokens(params, tokens):
-    chex.clear_trace_counter()
-    traced = chex.assert_max_traces(llama.forward, n=1)
-    step = jax.jit(traced, static_argnums=0)
-    cache = llama.empty_cache(CONFIG, 3, 11)
-    for t in range(11):
-        _, cache = step(CONFIG, params, tokens[:, t : t + 1], cache=cache)
-
-
 # The module.
 
 
@@ -426,122 +331,3 @@ def test_the_module_is_differentiated_by_nnx(found, params, tokens, targets):
     _, (expected, _) = found
     pure = nnx.to_pure_dict(gradient)
     chex.assert_trees_all_close(pure, expected, rtol=1e-4, atol=1e-5)
-
-
-# Sizes and bad input.
-
-
-def test_the_parameters_of_smollm2_are_135_million():
-    leaves = jax.tree.leaves(llama.abstract_params(LlamaConfig.smollm2_135m()))
-    assert sum(leaf.size for leaf in leaves) == 134_515_008
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"layers": 0}, "`layers` must be at least 1"),
-        ({"heads": 5}, "`width` must be a multiple of `heads`; got 24 and 5"),
-        ({"kv_heads": 4}, "`heads` must be a multiple of `kv_heads`; got 6 and 4"),
-        ({"heads": 24, "kv_heads": 24}, "must be even"),
-        ({"rope_theta": 0.0}, "rope_theta"),
-        ({"norm_eps": float("nan")}, "norm_eps"),
-    ],
-)
-def test_impossible_sizes_are_refused(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **sizes)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        (jnp.zeros(4, jnp.int32), r"`tokens` must be \[batch, time\]"),
-        (jnp.zeros((2, 0), jnp.int32), "neither of them zero"),
-        (jnp.full((1, 3), 64), "`tokens` must lie in 0 to 63; got 64"),
-        (jnp.full((1, 3), -1), "got -1 to -1. Was another tokenizer used"),
-        (jnp.zeros((1, 65), jnp.int32), "65 long, the context is 64"),
-    ],
-    ids=["axes", "empty", "large", "negative", "long"],
-)
-def test_unfit_tokens_are_refused(params, tokens, message):
-    with pytest.raises(ValueError, match=message):
-        llama.forward(CONFIG, params, tokens)
-
-
-def test_tokens_that_are_no_integers_are_refused(params):
-    with pytest.raises(TypeError, match="must be integers; got the dtype float32"):
-        llama.forward(CONFIG, params, jnp.zeros((1, 3)))
-
-
-def test_unfit_parameters_are_refused_with_the_path(params, tokens):
-    norm = {"scale": jnp.ones(23)}
-    with pytest.raises(
-        ValueError, match=r"at `norm/scale` got \(23,\), expected \(24,"
-    ):
-        llama.forward(CONFIG, params | {"norm": norm}, tokens)
-    with pytest.raises(ValueError, match="tree structure"):
-        llama.Llama(CONFIG, {"embed": params["embed"]})
-    with pytest.raises(ValueError, match="`count` must be 0 to 3, the layers of"):
-        llama.last_layers(CONFIG, params, 4)
-    with pytest.raises(ValueError, match="`layers` must be 0 to 3, the layers of"):
-        llama.trunk(CONFIG, params, tokens, 4)
-    with pytest.raises(ValueError, match=r"must be \[batch, time, 24\]; got \(3, 11"):
-        llama.rest(CONFIG, params, jnp.zeros((3, 11, 23)))
-
-
-def test_unfit_caches_and_masks_are_refused(params, tokens):
-    with pytest.raises(ValueError, match=r"`mask` must have the shape \(3, 11\)"):
-        llama.forward(CONFIG, params, tokens, mask=jnp.ones((3, 10), bool))
-    with pytest.raises(ValueError, match="10 free slots of 10, `tokens` need 11"):
-        cache = llama.empty_cache(CONFIG, 3, 10)
-        llama.forward(CONFIG, params, tokens, cache=cache)
-    cache = llama.empty_cache(CONFIG, 3, 15)
-    _, cache = FORWARD(CONFIG, params, tokens, cache=cache)
-    with pytest.raises(ValueError, match="4 free slots of 15, `tokens` need 11"):
-        llama.forward(CONFIG, params, tokens, cache=cache)
-    with pytest.raises(ValueError, match="made by `empty_cache` for this config"):
-        llama.forward(CONFIG, params, tokens[:2], cache=cache)
-
-
-def test_unfit_adapters_are_refused(params, tokens, targets):
-    adapters = adapters_of("lora", targets, KERNELS[:1])
-    (adapter,) = adapters.values()
-    with pytest.raises(ValueError, match="need their `targets`"):
-        llama.forward(CONFIG, params, tokens, adapters)
-    with pytest.raises(ValueError, match="`q/kernel`, which no adapter can be applied"):
-        llama.forward(CONFIG, params, tokens, {"q/kernel": adapter}, targets)
-    with pytest.raises(
-        ValueError, match="`targets` has no scale for `layers/v/kernel`"
-    ):
-        llama.forward(
-            CONFIG,
-            params,
-            tokens,
-            {"layers/v/kernel": adapter},
-            lora.targets(
-                params, {"q": 2}, alpha=1.0, matrices=matrix_views(stacked="layers")
-            ),
-        )
-    cut = jax.tree.map(lambda leaf: leaf[:2], adapters)
-    with pytest.raises(ValueError, match="3 layers as its leading axis"):
-        llama.forward(CONFIG, params, tokens, cut, targets)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"steps": 0}, "`steps` must be at least 1"),
-        ({"steps": 54}, "longer than the context of 64"),
-        ({"temperature": -1.0}, "`temperature`"),
-        ({"temperature": 1.0}, "needs a `key`"),
-        ({"stop": 64}, "`stop` must be a token, 0 to 63; got 64"),
-        (
-            {"mask": np.arange(11)[None] < np.array([[11], [11], [9]])},
-            "Pad on the left",
-        ),
-    ],
-    ids=str,
-)
-def test_unfit_requests_for_generation_are_refused(params, tokens, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        generation.generate(CONFIG, params, tokens, **{"steps": 3, **kwargs})
