@@ -147,6 +147,7 @@ def test_beside_a_memory_it_keeps_the_contract():
     def make(threshold=0.9, step_multiplier=1.0):
         return lora.eblora(
             optax.adam(0.05),
+            optax.sgd(0.1),
             targets=targets,
             memory_rank=3,
             threshold=threshold,
