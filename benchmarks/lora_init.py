@@ -55,23 +55,22 @@ def unrolled(config: byte_lm.ByteLMConfig) -> tuple[Any, Callable[..., jax.Array
 def gradient_pass(what: str, params: Any, pattern: str, loss: Any, batch: Any) -> str:
     """Peak memory of the reference's pass, while the new task's gradient is kept."""
     chosen = lora.targets(params, {pattern: 16}, alpha=1.0, matrices=RULE)
-    sums = jax.eval_shape(lambda p: _gradients._zeros(chosen, p), params)
-    total = jax.ShapeDtypeStruct((), jnp.float32)
+    sums = jax.eval_shape(lambda p: _gradients._nothing(chosen, p), params)
     weights = jax.ShapeDtypeStruct(jax.tree.leaves(batch)[0].shape[:1], jnp.float32)
-    lowered = _gradients._step.lower(loss, chosen, sums, total, params, batch, weights)
+    lowered = _gradients._step.lower(loss, chosen, sums, params, batch, weights)
     memory = lowered.compile().memory_analysis()
     size = lambda tree: sum(x.size * 4 for x in jax.tree.leaves(tree))  # noqa: E731
     everything = jax.eval_shape(
-        lambda p: _gradients._zeros(
+        lambda p: _gradients._nothing(
             lora.targets(params, {"": 1}, alpha=1.0, matrices=RULE), p
         ),
         params,
     )
-    copy = size(everything)
-    in_place = memory.alias_size_in_bytes >= size(sums)
-    copies = (copy + size(sums) + memory.temp_size_in_bytes) / copy
+    copy, summed = size(everything.gradients), size(sums.gradients)
+    in_place = memory.alias_size_in_bytes >= summed
+    copies = (copy + summed + memory.temp_size_in_bytes) / copy
     return (
-        f"| {what} | {size(params) / 1e6:.0f} MB | {size(sums) / 1e6:.0f} MB"
+        f"| {what} | {size(params) / 1e6:.0f} MB | {summed / 1e6:.0f} MB"
         f"{' in place' if in_place else ' COPIED'} | "
         f"{memory.temp_size_in_bytes / 1e6:.0f} MB | {copies:.2f} |"
     )
