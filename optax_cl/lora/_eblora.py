@@ -261,7 +261,6 @@ def eblora(
 
         deltas, overlaps = _spectral.on_factors(move, factors, steps, has_aux=True)
         seen = _drift.look(factors, params, state.master)
-        deltas = jax.tree.map(_hold, deltas, seen.held)
         drift = functools.reduce(jnp.fmax, [state.drift, seen.drift, *overlaps])
         if transport:
             new_points = jax.tree.map(jnp.add, points, deltas)

@@ -90,6 +90,34 @@ def test_wrappers_and_routes_give_the_same_steps(wrap):
     assert lora.memory(state)[PATH].shape == (12, 3)
 
 
+@pytest.mark.parametrize("captured", ["in front", "behind"])
+def test_raw_updates_reach_directions_made_tangent(captured):
+    targets = chosen()
+    adapters, grads = start(targets), start(targets, seed=3)
+    given = {}
+
+    def spy(updates, state, params=None, *, raw_updates, **extra_args):
+        given.update(routed=updates[PATH], raw=raw_updates[PATH])
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), spy)
+    eblora = lora.eblora(inner, targets=targets, memory_rank=None)
+    halve = optax.scale(0.5)
+    tx = (
+        optax_cl.chain(halve, eblora)
+        if captured == "in front"
+        else optax.chain(halve, optax_cl.capture_raw(eblora))
+    )
+    tx.update(grads, tx.init(adapters), adapters)
+    raw = 1.0 if captured == "in front" else 0.5
+    for field in ("u", "v"):
+        x, g = (getattr(tree[PATH], field) for tree in (adapters, grads))
+        tangent = stiefel.tangent_project(x, g)
+        assert distance(getattr(given["routed"], field), 0.5 * tangent) < 1e-6
+        assert distance(getattr(given["raw"], field), raw * tangent) < 1e-6
+        assert distance(tangent, g) > 0.01
+
+
 def test_an_adapter_of_which_only_one_factor_is_seen_trains_that_one():
     targets = chosen()
     adapters = start(targets)
