@@ -243,11 +243,13 @@ def test_an_adapter_as_wide_as_its_inputs_leaves_no_room_for_a_memory():
 def test_begin_task_refuses_an_input_side_that_overlaps_the_memory():
     data = [batch_of(4)]
     state = boundary(frozen(statistic="inputs").init(start()), start(), data)
-    overlapping = {"kernel": start()["kernel"]._replace(a=jnp.ones((IN, R)))}
-    with pytest.raises(ValueError, match=r"`kernel/a` must be orth.*frozen_a_init"):
-        optax_cl.begin_task(state, overlapping)
-    jax.jit(optax_cl.begin_task)(state, overlapping)  # where values are not known
-    for scale in (1.0, 1e-4, 0.0):  # of any length
+    for scale in (1.0, 1e-5):  # of any length
+        a = jnp.full((IN, R), scale)
+        overlapping = {"kernel": start()["kernel"]._replace(a=a)}
+        with pytest.raises(ValueError, match=r"`kernel/a` must be orth.*frozen_a_init"):
+            optax_cl.begin_task(state, overlapping)
+        jax.jit(optax_cl.begin_task)(state, overlapping)  # where values are not known
+    for scale in (1e5, 1.0, 1e-4, 0.0):
         off = lora.frozen_a_init(
             TARGETS, {"kernel": jnp.ones((IN, 4))}, lora.memory(state), scale=scale
         )

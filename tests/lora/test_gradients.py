@@ -245,9 +245,11 @@ def test_labels_of_a_task_are_judged_as_collect_judges_them():
 
 def test_a_loss_that_is_not_finite_is_told_where_the_gradient_is():
     # The example with the label -1 adds nothing to the gradient, and its loss is NaN.
-    chosen, task, params, batches = classifier(([0, 1, 2, 1], [2, -1, 0]))
-    with pytest.raises(ValueError, match=r"`loss` is not finite.*label"):
-        lora.mean_gradients(chosen, task.loss, params, batches)
+    good, bad = [0, 1, 2, 1], [2, -1, 0]
+    for labels in (([*bad, 1], good), (good, bad)):
+        chosen, task, params, batches = classifier(labels)
+        with pytest.raises(ValueError, match=r"`loss` is not finite.*label"):
+            lora.mean_gradients(chosen, task.loss, params, batches)
     stacked = jax.tree.map(lambda x: x[None], batches[1])
     with pytest.raises(ValueError, match=r"`loss` is not finite.*label"):
         lora.mean_gradients(chosen, task.loss, params, stacked, stacked=True)

@@ -54,6 +54,22 @@ def test_growth_follows_the_rule_over_three_tasks():
         np.testing.assert_allclose(memory.T @ memory, used, atol=2e-6, rtol=0)
 
 
+def test_weak_directions_beside_what_is_held_come_at_unit_length():
+    taken = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        q = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+        memory = jnp.zeros((4, 4)).at[:, :2].set(q[:, :2])
+        weights = rng.normal(size=(3, 12))
+        weights[2] *= 1e-6  # whether that counts is up to rounding
+        gradient = jnp.asarray(q[:, :3] @ weights, jnp.float32)
+        memory, count = lora.grow_memory(memory, jnp.int32(2), gradient, 1.0)
+        taken += int(count) - 2
+        used = np.eye(4) * (np.arange(4) < int(count))
+        np.testing.assert_allclose(memory.T @ memory, used, atol=2e-6, rtol=0)
+    assert taken > 0
+
+
 @pytest.mark.parametrize("shape", [(6, 12), (8, 12), (8, 8), (1, 5), (5, 1)])
 def test_kernels_of_any_shape_fill_the_memory_with_what_they_span(shape):
     fan_in, _ = shape

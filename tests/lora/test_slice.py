@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optax_cl import lora, matrix_views
+from optax_cl._core import surgery
 
 SEEDS = st.integers(0, 2**31 - 1)
 RANK = 3
@@ -338,6 +339,12 @@ def test_a_gradient_that_surgery_leaves_nothing_of_is_named():
     chosen, params, g, _ = case()
     with pytest.raises(ValueError, match="leaves nothing"):
         lora.slice_init(chosen, params, g, jax.tree.map(jnp.negative, g))
+    # What rounding alone leaves is nothing either.
+    against = jax.tree.map(lambda x: -0.3 * x, g)
+    kept = surgery.project_conflict(g["tall"], against["tall"])
+    assert 0 < jnp.abs(kept).max() < 1e-5
+    with pytest.raises(ValueError, match="leaves nothing"):
+        lora.slice_init(chosen, params, g, against)
 
 
 def test_a_rank_without_room_for_two_blocks_is_named_with_both_ways_out():
