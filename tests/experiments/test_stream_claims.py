@@ -149,6 +149,27 @@ def test_claims_hold_on_the_published_pattern_and_fall_on_the_opposite():
     assert [verdict(opposite, s) for s in starts] == ["not reproduced"] * 5
 
 
+@pytest.mark.parametrize("forgotten", [0.4, 0.01])
+def test_nothing_is_said_of_forgetting_where_vanilla_forgets_nothing(forgotten):
+    seeds = forgotten + np.array([-0.02, -0.01, 0.0, 0.01, 0.02])  # error .0071
+    results = {
+        name: stream_of(name, 8, seeds + more)
+        for name, more in [("vanilla", 0.0), ("raw-0.5", 0.1), ("replay-shared", -0.2)]
+    }
+    rows = {row.claim: row for row in claims.claims(results)}
+    row = rows["Decoupling at a fixed strength forgets more than vanilla."]
+    assert row.measured == pytest.approx(0.1)
+    if forgotten == 0.4:
+        assert row.verdict == "reproduced"
+        assert row.note.startswith("+25% of vanilla's")
+    else:
+        assert row.verdict == "not testable here"
+        assert row.note.startswith("vanilla forgets +0.0100 ± 0.0071 here")
+        assert "%" not in row.note.split(";")[1]
+    control = rows["replay-shared does more than learn less."]
+    assert "nothing to keep" not in control.note
+
+
 def test_the_gain_law_is_judged_by_its_own_tolerance():
     rows = known(shared=0.48)
     assert verdict(rows, "Projection inflates") == "reproduced"  # R = 2 at a = .5
@@ -233,10 +254,11 @@ def test_less_forgetting_of_a_routing_that_learns_less_is_explained_away(
 
 
 def stream_of(name, tasks, forgetting):
-    """An arm on three seeds that forgets so much of every domain but the last."""
-    matrix = np.ones([3, tasks + 1, tasks])
+    """An arm that on each seed forgets so much of every domain but the last."""
+    forgetting = forgetting * np.ones(3) if np.ndim(forgetting) == 0 else forgetting
+    matrix = np.ones([len(forgetting), tasks + 1, tasks])
     matrix[:, -1, :-1] += np.reshape(forgetting, [-1, 1])
-    curves = {key: np.ones([3, tasks]) for key in ("gain_inflation", "overlap")}
+    curves = {key: np.ones(matrix.shape[::2]) for key in ("gain_inflation", "overlap")}
     return measured.ArmResults(arms.ARMS[name], matrix, curves)
 
 
