@@ -15,18 +15,14 @@ forgetting; that rule was added after the run on ng16 was seen.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
-import numpy as np
-
-from experiments.claims import Claim, Verdict, format_number
+from experiments.claims import Claim, Verdict
+from experiments.studies import _stream_pairs as pairs
 from experiments.studies import _stream_results as measured
-from experiments.studies._stream_results import ArmResults
-from optax_cl import metrics
+from experiments.studies._stream_pairs import Results
 
 SOURCE = "arXiv 2604.22407v1, abstract (a preprint since reported withdrawn)"
 OURS = "control"
-Results = dict[str, ArmResults]
 
 _CLOSE = 0.10  # of vanilla's forgetting; 0.03 to 0.05 were published
 _PUBLISHED_GAIN = 0.29  # of vanilla's forgetting: (13.2 - 9.4) / 13.2
@@ -68,12 +64,10 @@ def claims(results: Results) -> list[Claim]:
         *_controls(results),
     ]
     if not _forgets(results):
+        lost = pairs.over_seeds(results["vanilla"].forgetting)
+        why = f"vanilla forgets {lost} here, so there is nothing to keep"
         rows = [
-            row._replace(
-                verdict="not testable here",
-                note=f"vanilla forgets {_over_seeds(results['vanilla'].forgetting)} "
-                f"here, so there is nothing to keep; {row.note}",
-            )
+            row._replace(verdict="not testable here", note=f"{why}; {row.note}")
             if row.measured is not None and "forget" in row.ran
             else row
             for row in rows
@@ -118,44 +112,9 @@ def _verdict(found: bool) -> Verdict:
     return "reproduced" if found else "not reproduced"
 
 
-class _Pair(NamedTuple):
-    """A mean over seeds and its standard error."""
-
-    mean: float
-    se: float
-
-    def __str__(self):
-        return ("" if self.mean < 0 else "+") + format_number(*self)
-
-
-def _over_seeds(values: np.ndarray) -> _Pair:
-    mean, se = metrics.mean_and_error(values)
-    return _Pair(float(mean), float(se))
-
-
-def _forgetting(results: Results, name: str, other: str = "vanilla") -> _Pair:
-    return _over_seeds(results[name].forgetting - results[other].forgetting)
-
-
-def _learning(results: Results, name: str, other: str = "vanilla") -> _Pair:
-    return _over_seeds(results[name].learning - results[other].learning)
-
-
-def _final(results: Results, name: str, other: str = "vanilla") -> _Pair:
-    return _over_seeds(results[name].final - results[other].final)
-
-
-def _beside(results: Results, name: str, other: str = "vanilla") -> str:
-    """What a difference in forgetting means nothing without."""
-    return (
-        f"the same in loss right after learning: {_learning(results, name, other)}, in "
-        f"final loss: {_final(results, name, other)}"
-    )
-
-
 def _forgets(results: Results) -> bool:
     """Whether vanilla does, beyond two standard errors; of few seeds it is assumed."""
-    vanilla = _over_seeds(results["vanilla"].forgetting)
+    vanilla = pairs.over_seeds(results["vanilla"].forgetting)
     few = len(results["vanilla"].final) < _FEW_SEEDS
     return few or vanilla.mean > 2 * vanilla.se
 
@@ -171,26 +130,26 @@ def _share(results: Results, difference: float) -> str:
 def _shared_is_close_to_vanilla(results: Results) -> Claim:
     """Under shared routing projections forget about as much as vanilla."""
     names = [n for n in results if results[n].arm.family == "constant-shared"]
-    pairs = {n: _forgetting(results, n) for n in names}
-    least = min(pairs, key=lambda n: pairs[n].mean)
+    differences = {n: pairs.forgetting(results, n) for n in names}
+    least = min(differences, key=lambda n: differences[n].mean)
     base = results["vanilla"].forgetting.mean()
-    found = all(abs(p.mean) <= _CLOSE * abs(base) for p in pairs.values())
+    found = all(abs(p.mean) <= _CLOSE * abs(base) for p in differences.values())
     return Claim(
         _words(_shared_is_close_to_vanilla),
         SOURCE,
         f"forgetting, minus vanilla: {', '.join(names)} (shown: {least})",
-        pairs[least].mean,
-        pairs[least].se,
+        differences[least].mean,
+        differences[least].se,
         _verdict(found),
-        f"{_share(results, pairs[least].mean)}; published: -3 % to -5 %; counted as "
-        f"close: within {_CLOSE:.0%}; {_beside(results, least)}",
+        f"{_share(results, differences[least].mean)}; published: -3 % to -5 %; counted "
+        f"as close: within {_CLOSE:.0%}; {pairs.beside(results, least)}",
     )
 
 
 @_needs("raw-0.5")
 def _fixed_decoupling_is_worse(results: Results) -> Claim:
     """Decoupling at a fixed strength forgets more than vanilla."""
-    pair = _forgetting(results, "raw-0.5")
+    pair = pairs.forgetting(results, "raw-0.5")
     return Claim(
         _words(_fixed_decoupling_is_worse),
         SOURCE,
@@ -198,14 +157,15 @@ def _fixed_decoupling_is_worse(results: Results) -> Claim:
         pair.mean,
         pair.se,
         _verdict(pair.mean > 2 * pair.se),
-        f"{_share(results, pair.mean)}; published: +7 %; {_beside(results, 'raw-0.5')}",
+        f"{_share(results, pair.mean)}; published: +7 %; "
+        f"{pairs.beside(results, 'raw-0.5')}",
     )
 
 
 @_needs("one_minus-raw")
 def _adaptive_is_stable(results: Results) -> Claim:
     """Decoupling with the overlap-aware strength forgets far less than vanilla."""
-    pair = _forgetting(results, "one_minus-raw")
+    pair = pairs.forgetting(results, "one_minus-raw")
     enough = -pair.mean >= _PUBLISHED_GAIN / 2 * results["vanilla"].forgetting.mean()
     return Claim(
         _words(_adaptive_is_stable),
@@ -215,7 +175,7 @@ def _adaptive_is_stable(results: Results) -> Claim:
         pair.se,
         _verdict(enough and -pair.mean > 2 * pair.se),
         f"{_share(results, pair.mean)}; published: -29 %; the strength is largest "
-        f"where overlap is low; {_beside(results, 'one_minus-raw')}",
+        f"where overlap is low; {pairs.beside(results, 'one_minus-raw')}",
     )
 
 
@@ -232,7 +192,7 @@ def _replay_is_the_best_shared(results: Results) -> Claim:
     """A 0.5 % replay buffer is the strongest alternative under shared routing."""
     others = _shared_others(results)
     best = min(others, key=lambda n: results[n].forgetting.mean())
-    pair = _forgetting(results, "replay-shared", best)
+    pair = pairs.forgetting(results, "replay-shared", best)
     return Claim(
         _words(_replay_is_the_best_shared),
         SOURCE,
@@ -240,15 +200,16 @@ def _replay_is_the_best_shared(results: Results) -> Claim:
         pair.mean,
         pair.se,
         _verdict(-pair.mean > 2 * pair.se),
-        f"compared: {', '.join(others)}; {_beside(results, 'replay-shared', best)}",
+        f"compared: {', '.join(others)}; "
+        f"{pairs.beside(results, 'replay-shared', best)}",
     )
 
 
 @_needs("replay-shared", "one_minus-raw")
 def _replay_stays_behind(results: Results) -> Claim:
     """That replay buffer still forgets more than adaptive decoupled routing."""
-    pair = _forgetting(results, "replay-shared", "one_minus-raw")
-    own = _forgetting(results, "replay-shared")
+    pair = pairs.forgetting(results, "replay-shared", "one_minus-raw")
+    own = pairs.forgetting(results, "replay-shared")
     return Claim(
         _words(_replay_stays_behind),
         SOURCE,
@@ -257,7 +218,7 @@ def _replay_stays_behind(results: Results) -> Claim:
         pair.se,
         _verdict(pair.mean > 2 * pair.se),
         f"replay-shared: {_share(results, own.mean)}; published: -12 %; "
-        f"{_beside(results, 'replay-shared', 'one_minus-raw')}",
+        f"{pairs.beside(results, 'replay-shared', 'one_minus-raw')}",
     )
 
 
@@ -268,7 +229,7 @@ def _nothing_else_helps(results: Results) -> Claim:
     for name, r in results.items():
         if r.arm.joint or r.arm.routing == "none":
             continue
-        pair = _forgetting(results, name, "one_minus-raw")
+        pair = pairs.forgetting(results, name, "one_minus-raw")
         if -pair.mean > 2 * pair.se and name != "one_minus-raw":
             better.append(name)
     found = not better and _adaptive_is_stable(results).verdict == "reproduced"
@@ -298,7 +259,7 @@ def _gain_inflation(results: Results) -> Claim:
                 f"the overlap s = {overlap:.2f} [1-a(2-a)s]^(-1/2) = {refined:.2f}"
             )
     worst = max(deviations, key=lambda d: abs(d.mean()))
-    pair = _over_seeds(worst)
+    pair = pairs.over_seeds(worst)
     return Claim(
         _words(_gain_inflation),
         SOURCE,
@@ -315,7 +276,7 @@ def _decoupling_helps(results: Results, what: str, method: str) -> Claim:
     names = f"{method}-raw", f"{method}-shared"
     if missing := [n for n in names if n not in results]:
         return _untestable(words, f"not run: {', '.join(missing)}")
-    pair = _forgetting(results, *names)
+    pair = pairs.forgetting(results, *names)
     return Claim(
         words,
         SOURCE,
@@ -323,7 +284,7 @@ def _decoupling_helps(results: Results, what: str, method: str) -> Claim:
         pair.mean,
         pair.se,
         _verdict(-pair.mean > 2 * pair.se),
-        _beside(results, *names),
+        pairs.beside(results, *names),
     )
 
 
@@ -335,7 +296,7 @@ def _sixteen_domains(results: Results) -> Claim:
             words, "needs one_minus-raw and a projection like shared-0.5"
         )
     best = min(shared, key=lambda n: results[n].forgetting.mean())
-    gain = _forgetting(results, best, "one_minus-raw")
+    gain = pairs.forgetting(results, best, "one_minus-raw")
     tasks = results["vanilla"].matrix.shape[-1]
     row = Claim(
         words,
@@ -355,37 +316,37 @@ def _sixteen_domains(results: Results) -> Claim:
             f"all fixed strengths, not of {', '.join(shared)}: needs the core arms, or "
             "all"
         )
-    before = _Pair(*_GAIN_ON_EIGHT[frozenset(shared)])
+    before = pairs.Pair(*_GAIN_ON_EIGHT[frozenset(shared)])
     # Other text in other orders: two independent means.
-    growth = _Pair(gain.mean - before.mean, math.hypot(gain.se, before.se))
+    growth = pairs.Pair(gain.mean - before.mean, math.hypot(gain.se, before.se))
     found = gain.mean > 2 * gain.se and growth.mean > 2 * growth.se
     return row._replace(
         verdict=_verdict(found),
         note=f"on the 8 domains of mini8, at the default settings: {before}, so it "
         f"grows by {growth}; judged: that there is a gain, and that it grows; "
-        f"{_beside(results, best, 'one_minus-raw')}",
+        f"{pairs.beside(results, best, 'one_minus-raw')}",
     )
 
 
 def _controls(results: Results) -> list[Claim]:
     """A row for each arm with a method, and for each pair that is said to differ."""
     arms = [n for n, r in results.items() if r.arm.routing != "none"]
-    pairs = [(f"{method}-raw", f"{method}-shared") for method in ("ewc", "replay")]
+    routings = [(f"{method}-raw", f"{method}-shared") for method in ("ewc", "replay")]
     return [
         *(_more_than_learning_less(results, name) for name in arms),
-        *(_ends_lower(results, *pair) for pair in pairs if {*pair} <= {*results}),
+        *(_ends_lower(results, *pair) for pair in routings if {*pair} <= {*results}),
     ]
 
 
 def _more_than_learning_less(results: Results, name: str) -> Claim:
     """Whether an arm ends lower than a vanilla that learns as little as it does."""
     words = f"{name} does more than learn less."
-    note = f"loss right after learning, minus vanilla: {_learning(results, name)}"
+    note = f"loss right after learning, minus vanilla: {pairs.learning(results, name)}"
     if not measured.has_learning_rates(results):
         return _untestable(
             words, f"not run: vanilla at lower learning rates; {note}", OURS
         )
-    pair = _over_seeds(measured.learning_rate_matched(results, name))
+    pair = pairs.over_seeds(measured.learning_rate_matched(results, name))
     return Claim(
         words,
         OURS,
@@ -399,8 +360,8 @@ def _more_than_learning_less(results: Results, name: str) -> Claim:
 
 def _ends_lower(results: Results, name: str, other: str) -> Claim:
     """Whether one routing is better in the end: what forgets less may learn less."""
-    pair = _final(results, name, other)
-    learning = _learning(results, name, other)
+    pair = pairs.final(results, name, other)
+    learning = pairs.learning(results, name, other)
     note = f"loss right after learning, minus {other}: {learning}"
     if measured.has_learning_rates(results):
         ours, theirs = (
@@ -408,7 +369,7 @@ def _ends_lower(results: Results, name: str, other: str) -> Claim:
         )
         note += (
             "; if of both a vanilla slowed down to the same learning loss is taken "
-            f"off: {_over_seeds(ours - theirs)}"
+            f"off: {pairs.over_seeds(ours - theirs)}"
         )
     return Claim(
         f"{name} ends lower than {other}, so it does more than learn less.",
