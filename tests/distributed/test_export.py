@@ -32,7 +32,7 @@ BATCH = {"x": jnp.ones((5, 4)), "y": jnp.arange(5) % 3}
 
 def export_step(name):
     entry = registry.ENTRIES[name]
-    tx, params = entry.make(), registry.params()
+    tx, params = entry.make(), entry.params()
 
     def train_step(params, state, batch):
         grads = jax.grad(lambda p: TASK.loss(p, batch).mean())(params)
@@ -62,7 +62,7 @@ def test_every_train_step_lowers_for_every_platform(name):
 @pytest.mark.parametrize("name", registry.ENTRIES)
 def test_every_update_lowers_in_half_precision(name, dtype):
     entry = registry.ENTRIES[name]
-    tx, params = entry.make(), optax.tree.cast(registry.params(), dtype)
+    tx, params = entry.make(), optax.tree.cast(entry.params(), dtype)
 
     def update(grads, state, params):
         return tx.update(grads, state, params, **entry.extra_args(grads))
@@ -71,7 +71,8 @@ def test_every_update_lowers_in_half_precision(name, dtype):
 
 
 def export_boundary(name):
-    tx, params = registry.ENTRIES[name].make(), registry.params()
+    entry = registry.ENTRIES[name]
+    tx, params = entry.make(), entry.params()
     state = tx.init(params)
     statistics = testing.collect_synthetic(state, params)
 

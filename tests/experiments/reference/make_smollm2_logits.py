@@ -2,7 +2,7 @@
 
     python make_smollm2_logits.py SmolLM2-135M-Instruct.Q4_1.gguf
 
-Needs `torch`, `transformers`, `gguf` and `accelerate`, none of which the project uses;
+Needs `torch`, `transformers`, `gguf` and `accelerate`, which no quick test needs;
 the file was made with the versions it names. Transformers dequantises the weights,
 undoes llama.cpp's order of the q and k rows, cuts and merges the text and runs the
 model, all in float32 on a CPU. llama.cpp (cyllama 0.2.18) cuts and merges every text
