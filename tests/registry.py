@@ -321,10 +321,14 @@ def _olora_project():
 # that only the slow tests hold to the whole contract.
 SLOW = (
     *_recipes(),
+    "agem[decay]",
+    "attenuate[balance]",
     "attenuate[one_minus]",
     "attenuate[proportional]",
     "attenuate[ratchet]",
     "attenuate[spring]",
+    "ewc[separate]",
+    "olora[fro]",
     "scale_by_decoupled_adam[raw]",
 )
 

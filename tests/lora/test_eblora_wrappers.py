@@ -164,6 +164,7 @@ def _new_inputs(v):
     return collect
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`eblora` found its factors elsewhere")
 def test_beside_a_memory_it_keeps_the_contract():
     # All of it but `check_vmap`, at whose boundary the factors are not orthonormal,

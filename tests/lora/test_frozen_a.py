@@ -285,6 +285,7 @@ def test_what_the_memory_reads_must_be_given():
         frozen().init({"kernel": jnp.ones((IN, R))})
 
 
+@pytest.mark.slow
 def test_with_a_memory_it_keeps_the_contract():
     data = [batch_of(4), batch_of(3)]
 
