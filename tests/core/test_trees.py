@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from optax_cl._core import trees
+from tests.arrays import normal
 
 HOLE = optax.MaskedNode()
 
@@ -66,6 +67,23 @@ def test_inner_products_of_bfloat16_accumulate_in_float32():
     assert trees.vdot(ones, ones) == 1006.0
     assert trees.vdot(ones, ones).dtype == jnp.float32
     assert trees.squared_norm({}) == 0.0
+
+
+def test_vdot_of_many_small_leaves_is_few_sums():
+    shapes = [(), (3,), (2, 5), (64, 64), (65, 64)]
+    a = {i: normal(i, *shapes[i % 5]) for i in range(100)}
+    b = {i: normal(200 + i, *shapes[i % 5]) for i in range(100)}
+    b = {i: x.astype(jnp.bfloat16) if i % 3 else x for i, x in b.items()}
+    u, v = (np.concatenate([np.float64(x).ravel() for x in t.values()]) for t in (a, b))
+    ours = trees.vdot(a, b)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, u @ v, rtol=1e-5, atol=1e-3)
+    program = str(jax.make_jaxpr(trees.vdot)(a, b))
+    assert program.count("reduce_sum") == 21  # 20 large leaves, and all the others
+
+    few = {i: a[i] for i in range(60)}, {i: b[i] for i in range(60)}
+    one_by_one = sum(map(trees.leaf_vdot, *(t.values() for t in few)), jnp.zeros([]))
+    assert trees.vdot(*few) == one_by_one
 
 
 def test_vdot_against_numpy():
