@@ -7,30 +7,12 @@ import numpy as np
 import pytest
 
 from experiments.models import generation, llama
-from tests.experiments.tiny_llama import (
+from tests.experiments.llama.tiny import (
     CONFIG,
     FORWARD,
     KERNELS,
     adapters_of,
-    make_params,
-    make_targets,
-    make_tokens,
 )
-
-
-@pytest.fixture(scope="module")
-def params():
-    return make_params()
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return make_tokens()
-
-
-@pytest.fixture(scope="module")
-def targets():
-    return make_targets()
 
 
 def continued(params, tokens, steps, **kwargs):

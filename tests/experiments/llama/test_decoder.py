@@ -13,33 +13,14 @@ from flax import nnx
 from experiments.models import llama
 from optax_cl import lora, matrix_views
 from optax_cl._core import checks
-from tests.experiments.tiny_llama import (
+from tests.experiments.llama.tiny import (
     CONFIG,
     FEATURES,
     FORWARD,
     KERNELS,
     adapters_of,
     close,
-    make_params,
-    make_targets,
-    make_tokens,
 )
-
-
-@pytest.fixture(scope="module")
-def params():
-    return make_params()
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return make_tokens()
-
-
-@pytest.fixture(scope="module")
-def targets():
-    return make_targets()
-
 
 PADDED = jnp.ones((3, 11), bool).at[1].set(False).at[2, :3].set(False)
 

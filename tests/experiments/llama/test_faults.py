@@ -9,30 +9,12 @@ import pytest
 from experiments.models import llama
 from experiments.models.llama import LlamaConfig
 from optax_cl import lora, matrix_views
-from tests.experiments.tiny_llama import (
+from tests.experiments.llama.tiny import (
     CONFIG,
     FORWARD,
     KERNELS,
     adapters_of,
-    make_params,
-    make_targets,
-    make_tokens,
 )
-
-
-@pytest.fixture(scope="module")
-def params():
-    return make_params()
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return make_tokens()
-
-
-@pytest.fixture(scope="module")
-def targets():
-    return make_targets()
 
 
 def test_the_parameters_of_smollm2_are_135_million():
