@@ -200,7 +200,7 @@ def compile_row(repeats: int) -> Row:
 
         jax.clear_caches()
         gc.collect()
-        # A collection in the middle is a third of the shorter of the two times.
+        # A collection in the middle is an eighth of the shorter of the two times.
         gc.disable()
         start = time.perf_counter()
         jax.jit(step).lower(params, state, params, extra).compile()
