@@ -1,5 +1,6 @@
 """Arms as named points in a plane, with the same colours and markers in all studies."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -108,7 +109,7 @@ _ANGLES = np.deg2rad([0, 180, 35, 145, -35, -145, 90, -90, 15, 165, -15, -165, 6
 
 
 def name_marks(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
-    """Writes each arm's name where it hides no point, error bar or other name.
+    """Writes each arm's name where it hides no point, error bar, line or other name.
 
     Call it last: the places depend on the final limits and sizes, and the layout stays
     as it is from here on.
@@ -124,6 +125,7 @@ def name_marks(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
     dots = figure.dpi / 72  # a point
     frame = axes.get_window_extent(renderer)
     taken = [box for m in marks for box in _mark_boxes(axes, m, 5 * dots)]
+    taken += [box for line in axes.lines for box in _line_boxes(line, 3 * dots)]
     for mark in marks:
         at = axes.transData.transform((mark.x[0], mark.y[0]))
         text = axes.text(0, 0, mark.name, fontsize=8, transform=None)
@@ -182,6 +184,19 @@ def _mark_boxes(axes: Axes, mark: Mark, half: float) -> list[Bbox]:
         Bbox.from_extents(left, y - 1, right, y + 1),
         Bbox.from_extents(x - 1, low, x + 1, high),
     ]
+
+
+def _line_boxes(line: Line2D, size: float) -> list[Bbox]:
+    """Small boxes along a line's segments, in dots; none if it has only markers."""
+    if line.get_linestyle() == "None":
+        return []
+    ends = line.get_transform().transform(line.get_xydata())
+    boxes = []
+    for start, end in itertools.pairwise(ends):
+        steps = max(2, int(np.hypot(*(end - start)) / size) + 1)
+        for x, y in np.linspace(start, end, steps):
+            boxes.append(Bbox.from_bounds(x - size / 2, y - size / 2, size, size))
+    return boxes
 
 
 def _shared_area(a: Bbox, b: Bbox) -> float:

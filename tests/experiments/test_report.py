@@ -228,6 +228,22 @@ def test_names_of_crowded_points_hide_no_name_and_no_point():
     assert figures.to_svg(figure) == figures.to_svg(figure)
 
 
+def test_a_name_does_not_lie_on_a_line():
+    figure, axes = figures.new(width=7, height=5)
+    at = axes[0, 0]
+    at.plot([0.0, 2.0, 4.0], [1.0, 1.0, 0.98], color="#777777")
+    at.set_ylim(0.0, 2.0)
+    mark = scatter.Mark("some-arm", "none", "plain", (2.0, 0.01), (1.0, 0.01))
+    scatter.draw(at, [mark])
+    scatter.name_marks(figure, at, [mark])
+    figure.draw_without_rendering()
+    (box,) = [Text.get_window_extent(text) for text in at.texts]
+    left = np.linspace([0.0, 1.0], [2.0, 1.0], 200)
+    right = np.linspace([2.0, 1.0], [4.0, 0.98], 200)
+    points = at.transData.transform(np.concatenate([left, right]))
+    assert not any(box.contains(x, y) for x, y in points)
+
+
 def test_many_arms_are_drawn_in_panels_by_kind():
     def marks(names):
         arms = [_stream_arms.ARMS[name] for name in names]
