@@ -89,10 +89,11 @@ def test_data_that_are_not_finite_are_told_of(name):
         ([batch], False),
         (jax.tree.map(lambda x: x[None], batch), True),
     ):
-        with pytest.warns(UserWarning, match=r"`collect`.*not finite.*w"):
+        with pytest.warns(UserWarning, match=r"`collect`.*not finite.*w") as told:
             optax_cl.collect(
                 state, params, batches, task=TASK, key=KEY, stacked=stacked
             )
+        assert told[0].filename == __file__
 
 
 def test_parameters_that_are_not_finite_are_told_of_by_their_path():
@@ -100,8 +101,9 @@ def test_parameters_that_are_not_finite_are_told_of_by_their_path():
     state = ewc().init(params)
     task = optax_cl.regression(lambda p, b: b[0] @ p["w"], lambda b: b[1])
     stats = optax_cl.collect(state, params, [BATCH], task=task, key=KEY)
-    with pytest.warns(UserWarning, match=r"`params` are not finite at `b`"):
+    with pytest.warns(UserWarning, match=r"`params` are not finite at `b`") as told:
         optax_cl.end_task(state, params | {"b": jnp.array([0.0, jnp.nan])}, stats)
+    assert told[0].filename == __file__
 
 
 def test_finite_boundaries_are_silent_and_jitted_ones_work():

@@ -7,6 +7,8 @@ and ``jax.vmap`` over hyper-parameters work; only Python and NumPy scalars are j
 
 import math
 import numbers
+import os
+import sys
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -15,6 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def is_concrete_number(value: Any) -> bool:
@@ -128,7 +131,22 @@ def all_finite(tree: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(one, tree)
 
 
-def warn_not_finite(what: str, finite: chex.ArrayTree, *, stacklevel: int) -> None:
+# Where a warning's line is not looked for.
+_INSIDE = tuple(
+    os.path.dirname(file) + os.sep
+    for file in (os.path.dirname(__file__), jax.__file__, optax.__file__)
+)
+
+
+def warn(message: str) -> None:
+    """Warns of the line that called into this library, through JAX or not."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def warn_not_finite(what: str, finite: chex.ArrayTree) -> None:
     """Warns of leaves that ``all_finite`` found wanting; silent while tracing."""
     flags = jax.tree_util.tree_leaves_with_path(finite)
     if any(isinstance(flag, jax.core.Tracer) for _, flag in flags):
@@ -137,11 +155,9 @@ def warn_not_finite(what: str, finite: chex.ArrayTree, *, stacklevel: int) -> No
     if paths:
         shown = ", ".join(f"`{p}`" for p in paths[:6])
         shown += ", ..." if len(paths) > 6 else ""
-        warnings.warn(
+        warn(
             f"{what} not finite at {shown}. Memories leave out such entries, which "
-            "then protect nothing of this task. Did training diverge?",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            "then protect nothing of this task. Did training diverge?"
         )
 
 

@@ -32,7 +32,6 @@ b^2 m^2`.)
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -69,13 +68,11 @@ def check_estimator(estimator: str) -> None:
     """Raises for an unknown estimator, and warns of the legacy one."""
     checks.check_choice("estimator", estimator, ESTIMATORS)
     if estimator == "batched":
-        warnings.warn(
+        checks.warn(
             "`estimator='batched'` squares gradients of whole batches: its value "
             "depends on the batch size (variance/b + mean^2) and is not an estimate of "
             "the Fisher. Use 'exact', 'sampled' or 'empirical' unless you compare with "
-            "results obtained this way.",
-            UserWarning,
-            stacklevel=4,
+            "results obtained this way."
         )
 
 

@@ -152,7 +152,7 @@ def collect(
         named = tuple((name, p) for name, (p, _) in jobs.items())
         level_key = jax.random.fold_in(key, level)
         new, finite, num_examples = stream(named, task, fixed, batches, level_key)
-        checks.warn_not_finite("What `collect` summed up is", finite, stacklevel=2)
+        checks.warn_not_finite("What `collect` summed up is", finite)
         results |= new
     return Statistics(num_examples, results)
 
@@ -203,7 +203,7 @@ def end_task(
             f"{statistics!r} of type {type(statistics).__name__}."
         )
     finite = checks.all_finite(params) if any(boundaries.find(opt_state)) else ()
-    checks.warn_not_finite("`params` are", finite, stacklevel=2)
+    checks.warn_not_finite("`params` are", finite)
     index = -1
     projected = False
 

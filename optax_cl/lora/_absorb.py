@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -243,14 +242,12 @@ def gradient_adapters(
     ]
     if poor:
         wanted = (1 + max(ORDERS[order])) * targets[poor[0]].rank
-        warnings.warn(
+        checks.warn(
             f"the mean gradient at `{poor[0]}` has a rank below {wanted}, as many "
             "singular vectors as its adapter starts in (in all, "
             f"{len(poor)} of {len(targets)} targets): those beyond its rank are "
             "orthonormal, and mean nothing. Take the mean over more examples, or give "
-            "the pattern a smaller rank.",
-            UserWarning,
-            stacklevel=3,
+            "the pattern a smaller rank."
         )
     return adapters
 

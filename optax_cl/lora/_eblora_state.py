@@ -1,7 +1,6 @@
 """The state of EBLoRA, and what becomes of it at a task boundary."""
 
 import dataclasses
-import warnings
 from typing import Any, NamedTuple
 
 import chex
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_cl._core import tasks, trees
+from optax_cl._core import checks, tasks, trees
 from optax_cl.lora import _capacity, _checks, _memory, _spectral
 from optax_cl.lora._targets import Targets
 
@@ -143,14 +142,12 @@ def _check(state: EbloraState) -> None:
     if isinstance(state.drift, jax.core.Tracer):
         return
     if np.max(state.drift) > _DRIFT:
-        warnings.warn(
+        checks.warn(
             "`eblora` found its factors elsewhere than where it had left them, by up "
             f"to {np.max(state.drift):.2g} (`drift`): they were not orthonormal, or "
             "not off the memory, when the loss saw them. Put whatever changes updates "
             "after it, a learning rate above all, inside `directions`. After a merge "
-            "start new adapters, and call `begin_task`.",
-            UserWarning,
-            stacklevel=4,
+            "start new adapters, and call `begin_task`."
         )
 
 

@@ -162,8 +162,9 @@ def test_what_squaring_a_batch_gradient_computes():
     params = jnp.zeros(3)
     batches = batches_of(np.float32(scores), b)
     per_example = fisher(params, batches, task, "empirical").diagonal
-    with pytest.warns(UserWarning, match="batch size"):
+    with pytest.warns(UserWarning, match="batch size") as told:
         per_batch = fisher(params, batches, task, "batched").diagonal
+    assert told[0].filename == __file__
     np.testing.assert_allclose(per_example, var + mean**2, rtol=0.15)
     np.testing.assert_allclose(per_batch, var / b + mean**2, rtol=0.25)
     # The two forms that are not offered: summed losses, over examples or batches.

@@ -22,8 +22,9 @@ def test_what_stands_behind_it_is_told_at_the_boundary(after):
     adapters, state = run(optax.chain(inner, after), start(targets), pull(targets), 2)
     assert float(stiefel.orthonormality_error(adapters[PATH].u)) > 1e-3
     nothing = optax_cl.Statistics(jnp.ones([]), {})
-    with pytest.warns(UserWarning, match="inside `directions`"):
+    with pytest.warns(UserWarning, match="inside `directions`") as told:
         state = optax_cl.end_task(state, adapters, nothing)
+    assert told[0].filename == __file__  # not a line of this library or of JAX
     # Of the next task it says nothing (warnings are errors here).
     optax_cl.end_task(optax_cl.begin_task(state, start(targets)), adapters, nothing)
 

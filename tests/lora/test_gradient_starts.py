@@ -106,8 +106,9 @@ def test_a_gradient_of_too_few_directions_is_told(method):
     rich = {"w": jnp.asarray(low_rank(16, 12, 6, 1e-6))}  # of any size
     poor = {"w": jnp.asarray(low_rank(16, 12, 5))}
     init(chosen, params, rich)  # warnings are errors here
-    with pytest.warns(UserWarning, match=r"`w` has a rank below 6"):
+    with pytest.warns(UserWarning, match=r"`w` has a rank below 6") as warned:
         told = init(chosen, params, poor)
+    assert warned[0].filename == __file__
     choice = {"order": "ArBr"} if method == "lora_ga_init" else {"selection": "top"}
     init(chosen, params, poor, **choice)  # which takes three
     # Inside jit nothing is told; what is missing is orthonormal, and never NaN.
