@@ -102,7 +102,7 @@ def classification(
         loss=loss,
         outputs=outputs,
         log_prob=log_prob,
-        sample_label=lambda outputs, key: jax.random.categorical(key, outputs),
+        sample_label=lambda outputs, key: jax.random.categorical(key, _wide(outputs)),
         labels=labels,
     )
 
@@ -183,7 +183,8 @@ def regression(
         return -0.5 * (error.reshape(error.shape[0], -1) ** 2).sum(axis=1)
 
     def sample(outputs, key):
-        return outputs + jax.random.normal(key, outputs.shape, outputs.dtype)
+        mean = _wide(outputs)
+        return mean + jax.random.normal(key, mean.shape, mean.dtype)
 
     return Task(
         loss=lambda params, batch: -log_prob(params, batch, targets(batch)),
@@ -191,6 +192,11 @@ def regression(
         log_prob=log_prob,
         sample_label=sample,
     )
+
+
+def _wide(outputs: chex.Array) -> chex.Array:
+    """In float32 at least: noise of half precision has ties, and hardly a tail."""
+    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
 
 def require(task: Task, name: str, method: str) -> Callable[..., Any]:

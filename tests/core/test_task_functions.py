@@ -56,7 +56,27 @@ def test_regression_sums_over_the_outputs_of_one_shape():
     np.testing.assert_array_equal(loss, np.full(4, 3.0))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_labels_drawn_around_half_precision_outputs_have_unit_variance(dtype):
+    task = optax_cl.regression(lambda p, b: p, lambda b: b)
+    outputs = jnp.full((1000, 1), 4 / jnp.finfo(dtype).eps, dtype)  # the next is 4 off
+    drawn = task.sample_label(outputs, KEY)
+    twice = -2 * task.log_prob(outputs, None, drawn)  # squared errors
+    assert jnp.mean(twice) == pytest.approx(1.0, abs=0.1)
+
+
 # --- Classification ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_labels_are_drawn_from_the_distribution_of_half_precision_logits(dtype):
+    # Half of the probability on one class, the rest even over 999. Noise in the logits'
+    # own precision has ties, and no tail: it draws that class in 99 of 100 cases.
+    z = jnp.zeros((4000, 1000), dtype).at[:, 0].set(jnp.log(999.0))
+    drawn = np.asarray(TASK.sample_label(z, KEY))
+    first = float(jax.nn.softmax(z[0].astype(jnp.float32))[0])
+    assert np.mean(drawn == 0) == pytest.approx(first, abs=0.03)
+    assert np.mean(drawn[drawn > 0] < 500) == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (4,), (4, 2, 1)])
