@@ -83,12 +83,19 @@ class Boundary(NamedTuple):
 _BOUNDARIES: dict[type, Boundary] = {}
 # State class -> (fields of first moments, fields of other accumulators).
 _MOMENTS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    optax.EmaState: (("ema",), ()),
+    optax.FactoredState: ((), ("v_row", "v_col", "v")),
+    optax.ScaleByAdaDeltaState: ((), ("e_g", "e_x")),
     optax.ScaleByAdamState: (("mu",), ("nu",)),
     optax.ScaleByAmsgradState: (("mu",), ("nu", "nu_max")),
+    optax.ScaleByBeliefState: (("mu",), ("nu",)),
     optax.ScaleByLionState: (("mu",), ()),
+    optax.ScaleByNovogradState: (("mu",), ("nu",)),
     optax.ScaleByRmsState: ((), ("nu",)),
+    optax.ScaleByRssState: ((), ("sum_of_squares",)),
+    optax.ScaleByRStdDevState: ((), ("mu", "nu")),  # its mean centres, and never steps
     optax.TraceState: (("trace",), ()),
-    optax.EmaState: (("ema",), ()),
+    optax.contrib.MuonState: (("mu",), ()),
 }
 
 
@@ -205,13 +212,22 @@ def has_moments(node: Any) -> bool:
     return type(node) in _MOMENTS
 
 
+def has_first_moments(tree: Any) -> bool:
+    """Whether a state, or one inside it, has moments that average gradients."""
+    return any(first for first, _ in _moments(tree))
+
+
 def has_second_moments(tree: Any) -> bool:
     """Whether a state, or one inside it, has moments that are no average gradient."""
-    found = False
+    return any(other for _, other in _moments(tree))
+
+
+def _moments(tree: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The fields of every state with moments."""
+    found = []
 
     def visit(state):
-        nonlocal found
-        found = found or bool(_MOMENTS[type(state)][1])
+        found.append(_MOMENTS[type(state)])
         return state
 
     map_states(visit, tree, has_moments)

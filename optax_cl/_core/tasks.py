@@ -7,7 +7,6 @@ parameters. How a method takes part stands in ``boundaries``, and what a task is
 ``task_functions``; the names of both, and of ``memories``, can be had from here.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -184,7 +183,8 @@ def end_task(
         the published methods do); ``"reset"`` (to zero, count included: the second
         moment forgets the old task's scale); ``"project"`` (first moments lose their
         component in the protected subspace *just consolidated*, so that stale momentum
-        does not push into it).
+        does not push into it; they must stand inside its owner, as in ``protect(rank,
+        scale_by_decoupled_adam(), project())``). Which averages: see ``reset_state``.
 
     Returns:
       The new optimizer state.
@@ -192,8 +192,9 @@ def end_task(
     Raises:
       TypeError: If an argument is of another kind, the transformation for its state.
       ValueError: For an unknown policy, for ``"project"`` without a protected
-        subspace, for statistics that were not collected for this state, or (outside
-        jit) if a memory with ``overflow="error"`` is full.
+        subspace or with all moments outside its owner, for statistics that were not
+        collected for this state, or (outside jit) if a memory with ``overflow="error"``
+        is full.
     """
     checks.check_choice("moments", moments, MOMENT_POLICIES)
     _check_state("end_task", opt_state, params)
@@ -205,10 +206,10 @@ def end_task(
     finite = checks.all_finite(params) if any(boundaries.find(opt_state)) else ()
     checks.warn_not_finite("`params` are", finite)
     index = -1
-    projected = False
+    owners = projected = 0
 
     def consolidate(state):
-        nonlocal index, projected
+        nonlocal index, owners
         index += 1
         boundary = boundaries.of(state)
         boundary.check(state)
@@ -225,20 +226,35 @@ def end_task(
             results[p.name] = statistics.results[name]
         state = boundary.end_task(state, params, results)
         if moments == "project" and boundary.project is not None:
-            projected = True
-            state = map_moments(
-                functools.partial(boundary.project, state), state, first_only=True
-            )
+            owners += 1
+
+            def project(tree):
+                nonlocal projected
+                projected += 1
+                return boundary.project(state, tree)
+
+            return map_moments(project, state, first_only=True)
         return state
 
     opt_state = boundaries.map_states(consolidate, opt_state)
     opt_state = boundaries.drop_accumulated(opt_state)
     if moments == "reset":
         return reset_state(opt_state)
-    if moments == "project" and not projected:
+    if moments == "project" and not owners:
         raise ValueError(
             "`moments='project'` needs a protected subspace, but the optimizer holds "
             "none. Use `optax_cl.protect(...)`, or `moments='reset'` or `'keep'`."
+        )
+    if (
+        moments == "project"
+        and not projected
+        and boundaries.has_first_moments(opt_state)
+    ):
+        raise ValueError(
+            "`moments='project'` reaches moments inside the owner of the subspace, but "
+            "all moments stand outside it. Put them in: `optax_cl.protect(rank, "
+            "scale_by_decoupled_adam(), project())`; or use `moments='reset'` or "
+            "`'keep'`."
         )
     return opt_state
 

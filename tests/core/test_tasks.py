@@ -296,6 +296,19 @@ def test_unknown_policy_and_projection_without_a_subspace_are_refused():
         optax_cl.end_task(state, params, stats, moments="project")
 
 
+def test_moments_that_stand_outside_the_owner_are_not_silently_left():
+    params, batches = make_params(), make_batches(0)
+    links = optax.scale_by_adam(), optax_cl.protect(2, optax_cl.project(), **OWNER)
+    state = trained(optax.chain(*links), params)
+    with pytest.raises(ValueError, match=r"inside.*`optax_cl\.protect"):
+        boundary(state, params, batches, moments="project")
+    # Moments of other parameters may stand where they like, and there may be none.
+    tx = optax.partition({"w": owner(), "b": optax.adam(0.1)}, {"w": "w", "b": "b"})
+    boundary(trained(tx, params), params, batches, moments="project")
+    tx = optax.chain(optax_cl.protect(2, optax_cl.project(), **OWNER), optax.sgd(0.1))
+    boundary(trained(tx, params), params, batches, moments="project")
+
+
 def test_reset_state_with_a_mask():
     params = make_params()
     state = trained(owner(), params)
