@@ -19,8 +19,8 @@ def reset_state(
 
     Reached are the averages of this library, and of Optax's momentum, Adam (AdamW,
     NAdam, LAMB), AMSGrad, AdaBelief, Adadelta, Adafactor, Adagrad, Lion, Muon, Novograd
-    and RMSProp. Those of other optimizers (Adan, SM3, most of ``optax.contrib``) stay as
-    they are, unless ``optax_cl.boundaries.register_moments`` names them.
+    and RMSProp. Those of other optimizers (Adan, SM3, most of ``optax.contrib``) stay
+    as they are, unless ``optax_cl.boundaries.register_moments`` names them.
 
     So is what ``optax.MultiSteps`` has accumulated for an unfinished update, but not
     under a mask, where the other entries of that update go on.
