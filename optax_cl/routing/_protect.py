@@ -160,6 +160,13 @@ def protect(
     inner = optax.chain(*links)
     captured = _capture.capture_raw(inner)
 
+    def numbers():
+        # Copies: a state may be donated, the caller's arrays must outlive it.
+        return {
+            "threshold": jnp.array(threshold, jnp.float32),
+            "mean_decay": jnp.array(mean_decay, jnp.float32),
+        }
+
     def init_fn(params):
         inner_state = inner.init(params)
         needs = _declared_needs(inner_state)
@@ -190,8 +197,7 @@ def protect(
             curvature=zeros(coefficient_shape) if "curvature" in needs else None,
             mean=zeros(coefficient_shape) if has_mean else None,
             mean_weight=jnp.zeros([], jnp.float32) if has_mean else None,
-            threshold=jnp.array(threshold, jnp.float32),
-            mean_decay=jnp.array(mean_decay, jnp.float32),
+            **numbers(),
             tasks=jnp.zeros([], jnp.int32),
             settings=settings,
             inner=inner_state,
@@ -208,6 +214,7 @@ def protect(
         return found
 
     def update_fn(updates, state, params=None, **extra_args):
+        state = state._replace(**numbers())  # they may have changed since `init`
         raw = coefficients("updates", updates, state)
         displacement = None
         if state.anchor is not None:

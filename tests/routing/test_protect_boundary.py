@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_cl
@@ -279,3 +280,25 @@ def test_boundary_restarts_the_averaged_coefficients():
     assert state.mean_weight > 0
     state = boundary(state, params, make_batches(1))
     assert state.mean_weight == 0 and not np.any(state.mean["w"])
+
+
+def test_injected_numbers_take_effect_at_the_next_step():
+    def make(mean_decay, threshold):
+        return optax_cl.protect(
+            2,
+            optax_cl.attenuate(optax_cl.balance()),
+            optax_cl.scale_by_decoupled_adam(),
+            mean_decay=mean_decay,
+            threshold=threshold,
+            matrices=optax_cl.matrix_views(skip="b"),
+        )
+
+    params = make_params()
+    tx = optax.inject_hyperparams(make)(mean_decay=0.9, threshold=1.0)
+    state = boundary(tx.init(params), params, make_batches(0))
+    assert np.linalg.matrix_rank(state.inner_state.basis["w"]) == 2
+    state.hyperparams.update(mean_decay=jnp.float32(0.5), threshold=jnp.float32(0.1))
+    _, state = tx.update(params, state, params)
+    assert state.inner_state.mean_weight == 0.5
+    state = boundary(state, params, make_batches(1))
+    assert np.linalg.matrix_rank(state.inner_state.basis["w"]) == 1
