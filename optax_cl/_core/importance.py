@@ -367,8 +367,13 @@ def grow(memory: ImportanceMemory, capacity: int) -> ImportanceMemory:
     if memory.rules.capacity is None:
         return memory
 
+    # States of several seeds may be stacked in one: the bank's axis is behind theirs.
+    axis = jnp.ndim(memory.stored)
+
     def pad(x):
-        return jnp.pad(x, [(0, capacity - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        more = [(0, 0)] * x.ndim
+        more[axis] = (0, capacity - x.shape[axis])
+        return jnp.pad(x, more)
 
     return memory._replace(
         importance=jax.tree.map(pad, memory.importance),

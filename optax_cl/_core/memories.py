@@ -98,7 +98,7 @@ class MemoryDescription(NamedTuple):
     method: str  # name of the state class
     path: str  # where it stands in the optimizer state
     bytes: int  # of its own arrays, without memories and moments inside it
-    tasks: int | None  # tasks stored
+    tasks: int | None  # tasks stored; the most of any, in stacked states
     capacity: int | None  # tasks that fit; None if unlimited
 
     @property
@@ -129,7 +129,8 @@ def describe(opt_state: optax.OptState) -> tuple[MemoryDescription, ...]:
                 method=type(state).__name__.removesuffix("State"),
                 path=path,
                 bytes=_own_bytes(state),
-                tasks=None if tasks is None else int(tasks),
+                # The states of several seeds may be stacked in one.
+                tasks=None if tasks is None else int(np.max(tasks)),
                 capacity=capacity,
             )
         )

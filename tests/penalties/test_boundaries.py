@@ -237,6 +237,16 @@ def test_a_full_bank_is_described_refused_and_can_grow():
     )
 
 
+def test_banks_of_several_seeds_are_described_and_grow_each_by_itself():
+    state = boundary(METHODS["ewc banks"]().init(PARAMS), PARAMS)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), state)
+    row, single = optax_cl.describe(stacked)[0], optax_cl.describe(state)[0]
+    assert (row.tasks, row.left) == (single.tasks, single.left)
+    grown = optax_cl.grow(stacked, row.capacity + 2)
+    alone = optax_cl.grow(state, row.capacity + 2)
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[1], grown), alone)
+
+
 def test_memory_does_not_grow_with_the_tasks():
     tx = ewc(1.0)
     state = tx.init(PARAMS)
