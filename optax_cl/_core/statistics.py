@@ -40,13 +40,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, tasks, trees
+from optax_cl._core import checks, per_example, tasks
 
 ESTIMATORS = ("exact", "sampled", "empirical", "predicted", "batched")
-
-# Per-example gradients live in memory for one chunk of a batch. 2^26 numbers are
-# 256 MB in float32; a model of 64 M parameters or more goes example by example.
-_CHUNK_NUMBERS = 2**26
 
 
 class Fisher(NamedTuple):
@@ -98,12 +94,7 @@ def fisher_pass(estimator: str) -> tasks.Pass:
         # Distinct arrays: the accumulator is donated, and a buffer can be given once.
         terms, num_items, num_examples = (jnp.zeros([], jnp.float32) for _ in range(3))
 
-        def zeros(path, p):
-            checks.check_real("a diagonal Fisher", path, p)
-            dtype = trees.importance_dtype(jnp.result_type(p))
-            return jnp.zeros(jnp.shape(p), dtype)
-
-        squares = jax.tree_util.tree_map_with_path(zeros, params)
+        squares = per_example.zeros("a diagonal Fisher", params)
         return _Sums(squares, terms, num_items, num_examples)
 
     def finish(sums, state, earlier):
@@ -234,7 +225,7 @@ def _add_exact(sums: _Sums, data: tasks.PassInput) -> _Sums:
 
     def one(example):
         def logits(params):
-            return outputs(params, _lead(example))[0].astype(jnp.float32)
+            return outputs(params, per_example.lead(example))[0].astype(jnp.float32)
 
         z, pull_back = jax.vjp(logits, data.params)
         p = jax.nn.softmax(z)
@@ -248,7 +239,9 @@ def _add_exact(sums: _Sums, data: tasks.PassInput) -> _Sums:
         zeros = jax.tree.map(jnp.zeros_like, sums.squares)
         return jax.lax.scan(add_class, zeros, jnp.arange(z.size))[0]
 
-    squares = _sum_over_examples(one, data.batch, data.weights, sums.squares, copies=2)
+    squares = per_example.sum_over_examples(
+        one, data.batch, data.weights, sums.squares, copies=2
+    )
     return _advance(sums, squares, data.weights, items=1)
 
 
@@ -260,7 +253,7 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
         items = _items(data)
 
         def log_prob(params, example):
-            return -items * loss(params, _lead(example)).sum()
+            return -items * loss(params, per_example.lead(example)).sum()
 
         rows = data.batch
     else:
@@ -282,7 +275,9 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
 
         def log_prob(params, row):
             example, label = row
-            return of_label(params, _lead(example), _lead(label)).sum()
+            return of_label(
+                params, per_example.lead(example), per_example.lead(label)
+            ).sum()
 
         rows = (data.batch, labels)
 
@@ -292,7 +287,7 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
             lambda s, like: jnp.square(s.astype(like.dtype)), score, sums.squares
         )
 
-    squares = _sum_over_examples(one, rows, data.weights, sums.squares)
+    squares = per_example.sum_over_examples(one, rows, data.weights, sums.squares)
     return _advance(sums, squares, data.weights, items=items)
 
 
@@ -369,45 +364,7 @@ def result_shape(
     return shape
 
 
-def _lead(example: Any) -> Any:
-    return jax.tree.map(lambda x: x[None], example)
-
-
 def _add_squares(total: Any, score: Any, weight: chex.Numeric) -> Any:
     return jax.tree.map(
         lambda t, s: t + weight * jnp.square(s.astype(t.dtype)), total, score
     )
-
-
-def _sum_over_examples(one, rows, weights, start, *, copies=1):
-    """Adds the weighted ``one(row)`` of each row to ``start``, chunk by chunk."""
-    size = weights.shape[0]
-    numbers = copies * sum(x.size for x in jax.tree.leaves(start))
-    chunk = min(size, max(1, _CHUNK_NUMBERS // max(1, numbers)))
-    num_chunks = -(-size // chunk)
-
-    def split(x):
-        missing = num_chunks * chunk - size
-        if missing:
-            # Copies of a real row, with weight zero: no value that could overflow.
-            x = jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)])
-        return x.reshape(num_chunks, chunk, *x.shape[1:])
-
-    weights = jnp.pad(weights, (0, num_chunks * chunk - size))
-
-    def add(total, part):
-        part_rows, part_weights = part
-        values = jax.vmap(one)(part_rows)
-        return jax.tree.map(
-            lambda t, v: (
-                t
-                + jnp.tensordot(
-                    part_weights.astype(v.dtype), v, axes=1, precision="highest"
-                )
-            ),
-            total,
-            values,
-        ), None
-
-    parts = (jax.tree.map(split, rows), weights.reshape(num_chunks, chunk))
-    return jax.lax.scan(add, start, parts)[0]

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_cl._core import statistics, streaming, tasks
+from optax_cl._core import per_example, statistics, streaming, tasks
 from optax_cl._core.statistics import fisher_diagonal
 
 KEY = jax.random.key(7)
@@ -268,7 +268,7 @@ def test_a_batch_is_worked_off_in_chunks_with_the_same_result(
     data, params = data_and_params()
     expected = fisher(params, [data], estimator=estimator).diagonal
     copies = 2 if estimator == "exact" else 1
-    monkeypatch.setattr(statistics, "_CHUNK_NUMBERS", chunk * copies * 12)
+    monkeypatch.setattr(per_example, "_CHUNK_NUMBERS", chunk * copies * 12)
     statistics.fisher_pass.cache_clear()
     try:
         got = fisher(params, batches_of(data, 20), estimator=estimator).diagonal
@@ -280,7 +280,7 @@ def test_a_batch_is_worked_off_in_chunks_with_the_same_result(
 @pytest.mark.parametrize("estimator", ["exact", "sampled", "empirical"])
 def test_no_array_holds_a_gradient_for_every_example(estimator, monkeypatch):
     batch, params = 64, {"w": jnp.ones((30, 20))}
-    monkeypatch.setattr(statistics, "_CHUNK_NUMBERS", 4 * 600)
+    monkeypatch.setattr(per_example, "_CHUNK_NUMBERS", 4 * 600)
     data = {"x": np.ones((batch, 30), np.float32), "y": np.zeros(batch, int)}
     statistics.fisher_pass.cache_clear()
     try:
