@@ -110,13 +110,17 @@ def ewc_proximal(
         memory = new_state.memory
         scale = eta * now * importance.read_scale(memory)
 
-        # theta' - theta = u - scale * pull(theta + u) / (1 + scale * S0): the formula
-        # above, written so that it is u exactly where there is no importance.
+        # theta' - theta = u - pull(theta + u) / (1 / scale + S0): the formula above,
+        # written so that it is u exactly where there is no importance, and that no
+        # product overflows. At least `tiny`, since there 0 / 0 would be NaN.
         def step(u, f, a, p):
             target = jnp.asarray(p, f.dtype) + u
             pull = importance.leaf_pull(memory.rules, f, a, target)
             total = importance.leaf_total(memory.rules, f)
-            return (u - scale * pull / (1 + scale * total)).astype(u.dtype)
+            slack = jnp.maximum(
+                1 / jnp.asarray(scale, f.dtype), jnp.finfo(f.dtype).tiny
+            )
+            return (u - pull / (slack + total)).astype(u.dtype)
 
         updates = importance.map_updates(
             step, updates, memory.importance, memory.anchor, params

@@ -101,6 +101,19 @@ def test_a_huge_strength_ends_at_the_anchor_and_stays_finite(strength, finish_ta
     np.testing.assert_allclose(HERE + updates, anchor, atol=0.03)
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.0])
+def test_a_strength_beyond_float32_ends_at_the_anchor_where_anything_matters(
+    rate, finish_task
+):
+    # 1e38 times an importance of 1e9 has no float32.
+    tx = optax.chain(optax.sgd(rate), ewc_proximal(rate, 1e38))
+    params = jnp.ones(2)
+    state = finish_task(tx.init(params), params, jnp.array([1e9, 0.0]))
+    updates, _ = tx.update(jnp.full(2, 0.5), state, params + 1.0)
+    expected = [-1.0, -0.5] if rate else [0.0, 0.0]
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
 def test_both_steps_end_at_the_minimum_of_the_penalised_loss(finish_task):
     h, target = draw(0.5, 2.0), draw()
     ends = []
