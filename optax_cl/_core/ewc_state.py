@@ -4,10 +4,9 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.numpy as jnp
 import optax
 
-from optax_cl._core import importance, statistics, tasks
+from optax_cl._core import importance, quadratic, statistics, tasks
 
 
 class EwcState(NamedTuple):
@@ -27,29 +26,8 @@ def init(
     fisher: statistics.FisherRules,
 ) -> EwcState:
     """The state before the first task."""
-    count = jnp.zeros([], jnp.int32)
-    return EwcState(
-        count=count,
-        strength=jnp.array(
-            importance.value_at(strength, count), jnp.float32, copy=True
-        ),
-        memory=importance.init(params, rules, decay),
-        fisher=fisher,
-    )
-
-
-def advance(
-    state: EwcState, strength: optax.ScalarOrSchedule, decay: chex.Numeric | None
-) -> EwcState:
-    """The state after a step; arguments that changed since ``init`` are taken over."""
-    count = optax.safe_increment(state.count)
-    return state._replace(
-        count=count,
-        strength=jnp.asarray(
-            importance.value_at(strength, count), state.strength.dtype
-        ),
-        memory=state.memory._replace(decay=importance.decay_array(decay)),
-    )
+    fields = quadratic.start(params, strength, rules, decay)
+    return EwcState(**fields, fisher=fisher)
 
 
 def fisher_boundary() -> tasks.Boundary:
@@ -67,16 +45,7 @@ def fisher_boundary() -> tasks.Boundary:
             memory=importance.consolidate(state.memory, diagonal, params)
         )
 
-    return tasks.Boundary(
-        passes=passes,
-        end_task=end_task,
-        like=lambda state: state.memory.importance,
-        usage=lambda state: importance.usage(state.memory),
-        check=lambda state: importance.check_room(state.memory),
-        grow=lambda state, capacity: state._replace(
-            memory=importance.grow(state.memory, capacity)
-        ),
-    )
+    return quadratic.boundary(passes=passes, end_task=end_task)
 
 
 tasks.register_boundary(EwcState, fisher_boundary())

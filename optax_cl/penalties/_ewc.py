@@ -1,11 +1,9 @@
 r"""EWC: a quadratic pull towards past solutions, weighted by the Fisher."""
 
 import chex
-import jax
-import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, ewc_state, importance, statistics, trees
+from optax_cl._core import checks, ewc_state, importance, quadratic, statistics
 
 
 def ewc(
@@ -177,22 +175,7 @@ def ewc(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        checks.check_params("ewc", params)
-        importance.check_updates(state.memory, updates)
-        params = trees.align("params", params, updates)
-        now = importance.value_at(strength, state.count)
-        new_state = ewc_state.advance(state, strength, decay)
-        memory = new_state.memory
-        scale = now * importance.read_scale(memory)
-
-        def add(u, f, a, p):
-            pull = importance.leaf_pull(memory.rules, f, a, p)
-            return (u + scale * pull).astype(u.dtype)
-
-        updates = importance.map_updates(
-            add, updates, memory.importance, memory.anchor, params
-        )
-        return updates, new_state
+        return quadratic.add_pull("ewc", updates, state, params, strength, decay)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -221,14 +204,5 @@ def ewc_loss(opt_state: optax.OptState, params: optax.Params) -> chex.Array:
       >>> print(ewc_loss(optax.chain(ewc(1.0), optax.sgd(0.1)).init(params), params))
       0.0
     """
-
-    def is_ewc(node):
-        return isinstance(node, ewc_state.EwcState)
-
-    states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_ewc) if is_ewc(s)]
-    if not states:
-        raise ValueError(
-            "`opt_state` holds no EwcState. Is `ewc` or `ewc_proximal` in the chain?"
-        )
-    values = [s.strength * importance.value(s.memory, params) for s in states]
-    return sum(values, start=jnp.zeros([], jnp.float32))
+    made_by = "`ewc` or `ewc_proximal`"
+    return quadratic.value(opt_state, params, ewc_state.EwcState, made_by)

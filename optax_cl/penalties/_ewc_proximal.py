@@ -4,7 +4,14 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, ewc_state, importance, statistics, trees
+from optax_cl._core import (
+    checks,
+    ewc_state,
+    importance,
+    quadratic,
+    statistics,
+    trees,
+)
 
 
 def ewc_proximal(
@@ -106,7 +113,7 @@ def ewc_proximal(
         params = trees.align("params", params, updates)
         eta = importance.value_at(learning_rate, state.count)
         now = importance.value_at(strength, state.count)
-        new_state = ewc_state.advance(state, strength, decay)
+        new_state = quadratic.advance(state, strength, decay)
         memory = new_state.memory
         scale = eta * now * importance.read_scale(memory)
 
