@@ -23,8 +23,13 @@ from optax_cl._core.tasks import reset_state as reset_state
 from optax_cl.penalties import ewc as ewc
 from optax_cl.penalties import ewc_loss as ewc_loss
 from optax_cl.penalties import ewc_proximal as ewc_proximal
+from optax_cl.penalties import mas as mas
+from optax_cl.penalties import mas_loss as mas_loss
 from optax_cl.penalties import rescale_by_importance as rescale_by_importance
+from optax_cl.penalties import si as si
+from optax_cl.penalties import si_loss as si_loss
 from optax_cl.projections import agem as agem
+from optax_cl.projections import gem as gem
 from optax_cl.replay import mix_replay as mix_replay
 from optax_cl.replay import reservoir_add as reservoir_add
 from optax_cl.replay import reservoir_init as reservoir_init

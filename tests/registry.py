@@ -57,6 +57,19 @@ def _same_reference(updates):
     return {"reference_updates": updates}
 
 
+def _memories(updates):
+    """Two past tasks, one opposed, one not, and a slot that is empty."""
+    against = jax.tree.map(lambda g: 0.2 - 0.5 * g, updates)
+    along = jax.tree.map(lambda g: 0.1 + 0.3 * g, updates)
+    stack = jax.tree.map(lambda a, b: jnp.stack([a, b, a]), against, along)
+    return {"memory_updates": stack, "memory_mask": jnp.arange(3) < 2}
+
+
+def _same_memories(updates):
+    stack = jax.tree.map(lambda g: jnp.stack([g]), updates)
+    return {"memory_updates": stack, "memory_mask": jnp.ones(1, bool)}
+
+
 def _replay(updates):
     return {"replay_updates": jax.tree.map(lambda g: 0.7 * g, updates)}
 
@@ -126,12 +139,39 @@ def _rescale(strength: Schedulable = 0.5):
     return _descend(penalties.rescale_by_importance(strength))
 
 
+def _mas(strength: Schedulable = 3.0):
+    return _descend(optax_cl.mas(strength))
+
+
+def _mas_separate(strength: Schedulable = 3.0, decay=0.7):
+    mas = optax_cl.mas(
+        strength, anchors="separate", capacity=3, accumulate="decay", decay=decay
+    )
+    return _descend(mas)
+
+
+def _si(strength: Schedulable = 3.0, damping=0.1):
+    return _descend(optax_cl.si(strength, damping=damping))
+
+
+def _si_cumulative(strength: Schedulable = 3.0, damping=0.1):
+    return _descend(optax_cl.si(strength, damping=damping, clamp="cumulative"))
+
+
 def _agem():
     return _descend(optax_cl.agem())
 
 
 def _agem_decay(decay=0.5):
     return _descend(optax_cl.agem(decay=decay, granularity="leaf"))
+
+
+def _gem(margin=0.0):
+    return _descend(optax_cl.gem(margin=margin))
+
+
+def _gem_margin(margin=0.5):
+    return _descend(optax_cl.gem(margin=margin))
 
 
 def _mix_replay(rho: Schedulable = 0.25):
@@ -328,8 +368,10 @@ SLOW = (
     "attenuate[ratchet]",
     "attenuate[spring]",
     "ewc[separate]",
+    "mas[separate]",
     "olora[fro]",
     "scale_by_decoupled_adam[raw]",
+    "si[cumulative]",
 )
 
 ENTRIES: dict[str, Entry] = {
@@ -351,6 +393,12 @@ ENTRIES: dict[str, Entry] = {
     "ewc[separate]": _captured(_ewc_separate),
     "ewc_proximal": _captured(_ewc_proximal),
     "frozen_a": _captured(_frozen_a),
+    "mas": _captured(_mas),
+    "mas[separate]": _captured(_mas_separate),
+    "gem": _captured(_gem)._replace(extra_args=_memories, agreeing=_same_memories),
+    "gem[margin]": _captured(_gem_margin)._replace(
+        extra_args=_memories, agreeing=_same_memories
+    ),
     "measure": _captured(_measure)._replace(
         extra_args=_reference, agreeing=_same_reference, needs_matrix=True
     ),
@@ -368,4 +416,6 @@ ENTRIES: dict[str, Entry] = {
     "scale_by_decoupled_adam[raw]": _captured(_adam_raw),
     "scale_by_decoupled_amsgrad": _captured(_amsgrad),
     "scale_by_decoupled_factored_rms": _captured(_factored),
+    "si": _captured(_si),
+    "si[cumulative]": _captured(_si_cumulative),
 }
