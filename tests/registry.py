@@ -57,6 +57,19 @@ def _same_reference(updates):
     return {"reference_updates": updates}
 
 
+def _memories(updates):
+    """Two past tasks, one opposed, one not, and a slot that is empty."""
+    against = jax.tree.map(lambda g: 0.2 - 0.5 * g, updates)
+    along = jax.tree.map(lambda g: 0.1 + 0.3 * g, updates)
+    stack = jax.tree.map(lambda a, b: jnp.stack([a, b, a]), against, along)
+    return {"memory_updates": stack, "memory_mask": jnp.arange(3) < 2}
+
+
+def _same_memories(updates):
+    stack = jax.tree.map(lambda g: jnp.stack([g]), updates)
+    return {"memory_updates": stack, "memory_mask": jnp.ones(1, bool)}
+
+
 def _replay(updates):
     return {"replay_updates": jax.tree.map(lambda g: 0.7 * g, updates)}
 
@@ -151,6 +164,14 @@ def _agem():
 
 def _agem_decay(decay=0.5):
     return _descend(optax_cl.agem(decay=decay, granularity="leaf"))
+
+
+def _gem(margin=0.0):
+    return _descend(optax_cl.gem(margin=margin))
+
+
+def _gem_margin(margin=0.5):
+    return _descend(optax_cl.gem(margin=margin))
 
 
 def _mix_replay(rho: Schedulable = 0.25):
@@ -347,6 +368,7 @@ SLOW = (
     "attenuate[ratchet]",
     "attenuate[spring]",
     "ewc[separate]",
+    "gem[margin]",
     "mas[separate]",
     "olora[fro]",
     "scale_by_decoupled_adam[raw]",
@@ -374,6 +396,10 @@ ENTRIES: dict[str, Entry] = {
     "frozen_a": _captured(_frozen_a),
     "mas": _captured(_mas),
     "mas[separate]": _captured(_mas_separate),
+    "gem": _captured(_gem)._replace(extra_args=_memories, agreeing=_same_memories),
+    "gem[margin]": _captured(_gem_margin)._replace(
+        extra_args=_memories, agreeing=_same_memories
+    ),
     "measure": _captured(_measure)._replace(
         extra_args=_reference, agreeing=_same_reference, needs_matrix=True
     ),
