@@ -258,6 +258,36 @@ def map_moments(function, tree, first_only=False, reset_count=False):
     return map_states(visit, tree, has_moments)
 
 
+def project_moments(function, tree):
+    """Applies ``function`` to every first moment; no largest step grows by that.
+
+    A projection puts some of a moment on coordinates that had none. Where the second
+    moment is zero or nearly so (an input that training never showed) the step there
+    would have no bound. So ``nu`` is raised to what keeps every ratio of the moments
+    within the largest that the leaf had.
+    """
+
+    def raised(nu, new, old):
+        if new is old or jnp.shape(nu) != jnp.shape(old):
+            return nu
+        size, moved = (jnp.abs(m).astype(jnp.float32) for m in (old, new))
+        root = jnp.sqrt(nu.astype(jnp.float32))
+        ratio = jnp.where(root > 0, size / jnp.where(root > 0, root, 1), 0)
+        largest = jnp.max(ratio, initial=0)
+        least = jnp.where(largest > 0, moved / jnp.where(largest > 0, largest, 1), 0)
+        return jnp.maximum(nu, jnp.square(least).astype(nu.dtype))
+
+    def visit(state):
+        first, other = _MOMENTS[type(state)]
+        new = {f: function(getattr(state, f)) for f in first}
+        if first and "nu" in other:
+            old = getattr(state, first[0])
+            new["nu"] = jax.tree.map(raised, state.nu, new[first[0]], old)
+        return state._replace(**new)
+
+    return map_states(visit, tree, has_moments)
+
+
 def drop_accumulated(tree):
     """Empties what ``optax.MultiSteps`` has accumulated for an unfinished update."""
 

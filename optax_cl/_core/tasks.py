@@ -183,8 +183,10 @@ def end_task(
         the published methods do); ``"reset"`` (to zero, count included: the second
         moment forgets the old task's scale); ``"project"`` (first moments lose their
         component in the protected subspace *just consolidated*, so that stale momentum
-        does not push into it; they must stand inside its owner, as in ``protect(rank,
-        scale_by_decoupled_adam(), project())``). Which averages: see ``reset_state``.
+        does not push into it; where that would make a step larger than the leaf's
+        largest, the second moment is raised. They must stand inside the owner of the
+        subspace, as in ``protect(rank, scale_by_decoupled_adam(), project())``). Which
+        averages: see ``reset_state``.
 
     Returns:
       The new optimizer state.
@@ -233,7 +235,7 @@ def end_task(
                 projected += 1
                 return boundary.project(state, tree)
 
-            return map_moments(project, state, first_only=True)
+            return boundaries.project_moments(project, state)
         return state
 
     opt_state = boundaries.map_states(consolidate, opt_state)

@@ -46,6 +46,42 @@ def test_a_reset_reaches_every_average(name):
         np.testing.assert_array_equal(leaf, expected, str(path))
 
 
+@pytest.mark.parametrize("place", ["modifier", "post"])
+@pytest.mark.parametrize("moments", ["scale_by_decoupled_adam", "scale_by_adam"])
+def test_projected_moments_keep_the_bound_on_steps(place, moments):
+    # The first input is never seen in training, but is at the boundary: its second
+    # moment is zero, and the basis has a share of it.
+    task = optax_cl.classification(lambda p, b: b["x"] @ p, lambda b: b["y"])
+    labels = jax.random.randint(jax.random.key(0), (200, 64), 0, 4)
+    batches = {"x": normal(1, 200, 64, 16), "y": labels}
+    unseen = {**batches, "x": batches["x"].at[..., 0].set(0.0)}
+    adam = getattr(optax_cl, moments, None) or getattr(optax, moments)
+    links = [adam(), optax_cl.project()]
+    if place == "modifier":
+        links = [optax_cl.attenuate(0.5), adam()]
+    tx = optax_cl.protect(4, *links)
+
+    def step(carry, batch):
+        w, state = carry
+        grads = jax.grad(lambda w: task.loss(w, batch).mean())(w)
+        updates, state = tx.update(grads, state, w)
+        return (w - 0.01 * updates, state), updates
+
+    w = 0.1 * normal(2, 16, 4)
+    (w, state), _ = jax.lax.scan(step, (w, tx.init(w)), unseen)
+    statistics = optax_cl.collect(
+        state,
+        w,
+        jax.tree.map(lambda x: x[:4], batches),
+        task=task,
+        key=jax.random.key(3),
+        stacked=True,
+    )
+    state = optax_cl.end_task(state, w, statistics, moments="project")
+    _, updates = step((w, state), jax.tree.map(lambda x: x[0], unseen))
+    assert jnp.abs(updates).max() < 3.2  # Adam's, at (1 - b1) / sqrt(1 - b2)
+
+
 def test_an_optimizer_whose_second_moment_is_a_sum_is_no_modifier():
     tx = optax_cl.decoupled_adamw(0.1, modifiers=[optax.adagrad(0.1)])
     with pytest.raises(ValueError, match=r"`modifiers\[0\]` holds a second moment"):
