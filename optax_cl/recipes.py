@@ -10,7 +10,9 @@ Further keyword arguments are those of ``decoupled_adamw`` (``b1``, ``b2``, ``ep
 ``eps_root``, ``mu_dtype``, ``weight_decay``, ``mask``, ``nesterov``).
 """
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -27,7 +29,24 @@ __all__ = [
     "replay_adamw",
 ]
 
+_ADAMW = ("b1", "b2", "eps", "eps_root", "mu_dtype", "weight_decay", "mask", "nesterov")
+_Recipe = TypeVar("_Recipe", bound=Callable[..., optax.GradientTransformation])
 
+
+def _with_adamw(recipe: _Recipe) -> _Recipe:
+    """Names the arguments behind ``**adamw`` in the recipe's signature.
+
+    ``optax.inject_hyperparams`` reads it, and can't pass on what has no name.
+    """
+    own = inspect.signature(recipe)
+    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    adamw = inspect.signature(routing.decoupled_adamw).parameters
+    both = own.replace(parameters=[*named, *(adamw[name] for name in _ADAMW)])
+    setattr(recipe, "__signature__", both)  # noqa: B010, no type has that attribute
+    return recipe
+
+
+@_with_adamw
 def replay_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rho: optax.ScalarOrSchedule = 0.5,
@@ -81,6 +100,7 @@ def replay_adamw(
     )
 
 
+@_with_adamw
 def agem_adamw(
     learning_rate: optax.ScalarOrSchedule, **adamw: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -127,6 +147,7 @@ def agem_adamw(
     return routing.decoupled_adamw(learning_rate, post=[projections.agem()], **adamw)
 
 
+@_with_adamw
 def ewc_adamw(
     learning_rate: optax.ScalarOrSchedule,
     strength: optax.ScalarOrSchedule,
@@ -172,6 +193,7 @@ def ewc_adamw(
     )
 
 
+@_with_adamw
 def protected_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: int,
@@ -226,6 +248,7 @@ def protected_adamw(
     return routing.protect(rank, *links, matrices=matrices)
 
 
+@_with_adamw
 def projected_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: int,

@@ -117,6 +117,31 @@ def test_a_recipe_stands_behind_a_clip_and_in_multi_steps():
     assert jnp.all(updates["w"] != 0)
 
 
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_a_recipe_can_be_injected(name):
+    recipe = getattr(recipes, f"{name.split()[0]}_adamw")
+    settings = {"rank": 2} if name.startswith("pro") else {}
+    settings |= {"strength": 3.0} if name == "ewc" else {}
+    static = ("rank", "mu_dtype") if "rank" in settings else ("mu_dtype",)
+    make = optax.inject_hyperparams(recipe, static_args=static)
+    tx = make(learning_rate=0.1, b1=0.8, mu_dtype=jnp.float32, **settings)
+    state = tx.init(PARAMS)
+    state.hyperparams["learning_rate"] = jnp.float32(0.2)
+    old = {"replay_updates": PARAMS, "reference_updates": PARAMS}
+    updates, _ = tx.update(PARAMS, state, PARAMS, **old)
+    plain = recipe(0.2, b1=0.8, **settings)
+    expected, _ = plain.update(PARAMS, plain.init(PARAMS), PARAMS, **old)
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-5)
+
+
+def test_a_size_that_is_injected_is_told_to_be_static():
+    make = optax.inject_hyperparams(recipes.projected_adamw)
+    with pytest.raises(
+        TypeError, match=r"`rank` must be a Python integer.*static_args"
+    ):
+        make(0.1, 2).init(PARAMS)
+
+
 def test_a_recipe_in_a_capture_is_refused():
     tx = optax_cl.chain(optax.scale(0.5), recipes.ewc_adamw(0.1, 3.0))
     with pytest.raises(ValueError, match="bound already"):

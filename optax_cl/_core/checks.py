@@ -71,9 +71,12 @@ def check_number(
 def check_positive_int(name: str, value: Any) -> None:
     """Raises unless ``value`` is a positive Python integer (sizes are static)."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        hint = ""
+        if isinstance(value, jax.Array):
+            hint = " With `optax.inject_hyperparams` list it in `static_args`."
         raise TypeError(
             f"`{name}` must be a Python integer, since it fixes array shapes; got "
-            f"{value!r} of type {type(value).__name__}."
+            f"{value!r} of type {type(value).__name__}.{hint}"
         )
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1; got {value}.")
