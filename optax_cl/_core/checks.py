@@ -82,6 +82,23 @@ def check_positive_int(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be at least 1; got {value}.")
 
 
+def check_float_dtype(name: str, value: Any) -> None:
+    """Raises unless ``value`` is None or a floating-point (or complex) dtype."""
+    if value is None:
+        return
+    try:
+        floating = jnp.issubdtype(jnp.dtype(value), jnp.inexact)
+    except (TypeError, ValueError):  # no dtype at all
+        floating = False
+    if not floating:
+        hint = ""
+        if isinstance(value, jax.Array):
+            hint = " With `optax.inject_hyperparams` list it in `static_args`."
+        raise TypeError(
+            f"`{name}` must be a floating-point dtype or None; got {value!r}.{hint}"
+        )
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raises unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -108,6 +108,7 @@ def scale_by_decoupled_adam(
       denominator underflows to zero, in float16 say: not NaN or inf, but the mean).
 
     Raises:
+      TypeError: For a ``mu_dtype`` that is no floating-point dtype.
       ValueError: For an unknown moment name or a hyper-parameter out of range; at trace
         time if ``raw_updates`` is needed and missing, or of another structure.
 
@@ -136,7 +137,7 @@ def scale_by_decoupled_adam(
     maximum, for the reason above; ``"raw"`` is the published form. (2) The strength of
     a modifier is the modifier's affair (``attenuate``), not the optimizer's.
     """
-    _check(b1, b2, eps, eps_root, first_moment, second_moment)
+    _check(b1, b2, eps, eps_root, mu_dtype, first_moment, second_moment)
 
     def init_fn(params):
         return ScaleByDecoupledAdamState(
@@ -213,7 +214,7 @@ def scale_by_decoupled_amsgrad(
       Reddi et al, `On the Convergence of Adam and Beyond
       <https://openreview.net/forum?id=ryQu7f-RZ>`_, 2018
     """
-    _check(b1, b2, eps, eps_root, first_moment, second_moment)
+    _check(b1, b2, eps, eps_root, mu_dtype, first_moment, second_moment)
 
     def init_fn(params):
         return ScaleByDecoupledAmsgradState(
@@ -318,11 +319,12 @@ def _map(f, *leaves):
     )
 
 
-def _check(b1, b2, eps, eps_root, first_moment, second_moment):
+def _check(b1, b2, eps, eps_root, mu_dtype, first_moment, second_moment):
     checks.check_number("b1", b1, low=0.0, high=1.0, open_high=True)
     checks.check_number("b2", b2, low=0.0, high=1.0, open_high=True)
     checks.check_number("eps", eps, low=0.0)
     checks.check_number("eps_root", eps_root, low=0.0)
+    checks.check_float_dtype("mu_dtype", mu_dtype)
     checks.check_choice("first_moment", first_moment, FIRST_MOMENTS)
     checks.check_choice("second_moment", second_moment, SECOND_MOMENTS)
 

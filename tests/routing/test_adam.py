@@ -331,6 +331,14 @@ def test_argument_of_a_wrong_type_is_named(value):
         optax_cl.scale_by_decoupled_adam(b1=value)
 
 
+@pytest.mark.parametrize("value", [jnp.int32, "foo", 0.9, jnp.ones(())])
+def test_a_dtype_in_which_a_mean_has_no_fractions_is_refused(value):
+    for make in (optax_cl.decoupled_adamw, optax_cl.scale_by_decoupled_amsgrad):
+        with pytest.raises(TypeError, match="`mu_dtype` must be a floating-point"):
+            make(0.1, mu_dtype=value)
+    optax_cl.scale_by_decoupled_adam(mu_dtype="bfloat16").init(jnp.ones(3))
+
+
 def test_hyper_parameters_can_be_traced():
     grads = normal(0, 5, 4)
 
