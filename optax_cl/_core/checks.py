@@ -5,6 +5,7 @@ on hyper-parameters let arrays and tracers through, so that ``optax.inject_hyper
 and ``jax.vmap`` over hyper-parameters work; only Python and NumPy scalars are judged.
 """
 
+import contextlib
 import math
 import numbers
 import os
@@ -86,14 +87,13 @@ def check_float_dtype(name: str, value: Any) -> None:
     """Raises unless ``value`` is None or a floating-point (or complex) dtype."""
     if value is None:
         return
-    try:
-        floating = jnp.issubdtype(jnp.dtype(value), jnp.inexact)
-    except (TypeError, ValueError):  # no dtype at all
-        floating = False
+    hint, floating = "", False
+    if isinstance(value, jax.Array):
+        hint = " With `optax.inject_hyperparams` list it in `static_args`."
+    else:
+        with contextlib.suppress(TypeError, ValueError):  # no dtype at all
+            floating = jnp.issubdtype(jnp.dtype(value), jnp.inexact)
     if not floating:
-        hint = ""
-        if isinstance(value, jax.Array):
-            hint = " With `optax.inject_hyperparams` list it in `static_args`."
         raise TypeError(
             f"`{name}` must be a floating-point dtype or None; got {value!r}.{hint}"
         )
