@@ -93,21 +93,22 @@ def minimise(matrix: chex.Array, linear: chex.Array) -> chex.Array:
 
 
 def _solve_on(
-    free: chex.Array, matrix: chex.Array, right: chex.Array, floor: chex.Array
+    free: chex.Array, matrix: chex.Array, right: chex.Array, ridge: chex.Array
 ) -> chex.Array:
     """The x with ``(A x)_free = right_free``, and zero elsewhere.
 
-    Elimination without pivoting, which is stable for positive definite matrices. No
-    pivot of A + ridge is below the ridge but by rounding.
+    Elimination without pivoting, which is stable for positive definite matrices. A
+    pivot under the ridge is of an indefinite matrix; its entry is zero too.
     """
     size = right.shape[0]
     order = jnp.arange(size)
     both = free[:, None] & free[None, :]
-    rows = jnp.where(both, matrix, jnp.eye(size, dtype=matrix.dtype))
+    alone = jnp.eye(size, size + 1, dtype=matrix.dtype)
+    rows = jnp.where(both, matrix, alone[:, :size])
     rows = jnp.concatenate([rows, jnp.where(free, right, 0)[:, None]], axis=1)
 
     def eliminate(k, rows):
-        row = rows[k].at[k].max(floor)
+        row = jnp.where(rows[k, k] > ridge / 2, rows[k], alone[k])
         factor = jnp.where(order > k, rows[:, k] / row[k], 0)
         return rows.at[k].set(row) - factor[:, None] * row[None, :]
 
