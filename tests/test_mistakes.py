@@ -285,6 +285,8 @@ def test_what_a_function_of_a_task_raises_says_which_it_was_and_what_it_got(make
         optax_cl.ewc(1.0),
         optax_cl.ewc_proximal(0.1, 1.0, anchors="separate", capacity=2),
         optax_cl.rescale_by_importance(0.5),
+        optax_cl.mas(1.0),
+        optax_cl.si(1.0),
         optax_cl.protect(2, optax_cl.attenuate(0.5)),
     ],
 )

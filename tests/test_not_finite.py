@@ -50,6 +50,7 @@ MEMORIES = {
     "ewc[latest]": ewc(anchors="latest"),
     "ewc[separate]": ewc(anchors="separate", capacity=3),
     "ewc_proximal": optax_cl.ewc_proximal(0.1, 1.0, estimator="empirical"),
+    "mas": optax_cl.mas(1.0),
     "ratchet": protect(optax_cl.ratchet()),
     "balance": protect(optax_cl.balance()),
     "spring": protect(optax_cl.spring()),

@@ -9,7 +9,14 @@ import pytest
 
 import optax_cl
 from optax_cl._core import tasks
-from optax_cl.penalties import ewc, ewc_loss, ewc_proximal, rescale_by_importance
+from optax_cl.penalties import (
+    ewc,
+    ewc_loss,
+    ewc_proximal,
+    mas,
+    rescale_by_importance,
+    si,
+)
 
 TASK = tasks.classification(
     lambda p, b: jnp.tanh(b["x"] @ p["u"] + p["c"][None]) @ p["w"], lambda b: b["y"]
@@ -30,6 +37,8 @@ METHODS = {
         0.1, 2.0, anchors="latest", accumulate="decay", decay=0.9, estimator="sampled"
     ),
     "rescale_by_importance": lambda: rescale_by_importance(0.5),
+    "mas": lambda: mas(2.0),
+    "si": lambda: si(2.0),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -188,7 +197,7 @@ def test_none_leaves_stay_none_and_integer_leaves_are_left_alone(name):
     assert got["none"] is None and got["steps"] == 7
     expected = one_task_later(METHODS[name]())
     chex.assert_trees_all_close({k: got[k] for k in expected}, expected, rtol=1e-5)
-    if name != "rescale_by_importance":
+    if name.startswith("ewc"):
         at_home = jax.tree.map(jnp.asarray, {k: elsewhere[k] for k in expected})
         assert ewc_loss(state, {**elsewhere, **at_home}) > 0
 

@@ -40,7 +40,12 @@ def filled(opt_state):
         return state._replace(memory=memory)
 
     opt_state = optax_cl.map_states(protect, opt_state, routing.ProtectState)
-    for state_class in (penalties.EwcState, penalties.RescaleByImportanceState):
+    for state_class in (
+        penalties.EwcState,
+        penalties.MasState,
+        penalties.RescaleByImportanceState,
+        penalties.SiState,
+    ):
         if any(isinstance(n, state_class) for n in opt_state.inner):
             opt_state = optax_cl.map_states(importance, opt_state, state_class)
     return opt_state
@@ -68,6 +73,10 @@ CASES = {
     "project nothing": (optax_cl.project, None, False),
     "lambda 0": (lambda: optax_cl.ewc(0.0), None, True),
     "empty ewc": (lambda: optax_cl.ewc(1e3), None, False),
+    "mas 0": (lambda: optax_cl.mas(0.0), None, True),
+    "empty mas": (lambda: optax_cl.mas(1e3), None, False),
+    "si 0": (lambda: optax_cl.si(0.0), None, True),
+    "empty si": (lambda: optax_cl.si(1e3), None, False),
     "rescale 0": (lambda: optax_cl.rescale_by_importance(0.0), None, True),
     "empty rescale": (lambda: optax_cl.rescale_by_importance(0.5), None, False),
     "no reference": (optax_cl.agem, {"reference_updates": zeros}, False),
