@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import optax_cl
@@ -318,3 +319,48 @@ def test_two_in_one_chain_keep_their_own_account():
     np.testing.assert_allclose(
         (first / second)[keep], (0.01 + 1.0) / (0.01 + 1e-3), rtol=1e-3
     )
+
+
+def test_a_run_with_both_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
+    tx = optax_cl.chain(
+        si(0.3, clamp="cumulative"), mas(0.1), optax_cl.scale_by_decoupled_adam()
+    )
+    task = optax_cl.Task(outputs=lambda p, x: x @ p["a"] + p["b"][None, :2])
+    inputs = [jnp.eye(3)]
+    update = jax.jit(tx.update)
+
+    def steps(params, state, task, numbers):
+        for step in numbers:
+            grads = gradient(params, task, step)
+            updates, state = update(grads, state, params)
+            params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
+        return params, state
+
+    def boundary(params, state):
+        stats = optax_cl.collect(
+            state, params, inputs, task=task, key=jax.random.key(0)
+        )
+        return optax_cl.end_task(state, params, stats)
+
+    params = as_arrays(START, jnp.bfloat16)
+    params, state = steps(params, tx.init(params), 0, range(4))
+    params, state = steps(params, boundary(params, state), 1, range(2))
+    assert float(optax.tree.norm(state[0].path)) > 0  # in the middle of a task
+    saved = {"params": params, "state": state}
+    target = jax.eval_shape(lambda p: {"params": p, "state": tx.init(p)}, params)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target
+    )
+    with ocp.CheckpointManager(tmp_path / "saved") as manager:
+        manager.save(0, args=ocp.args.StandardSave(saved))
+        manager.wait_until_finished()
+        back = manager.restore(0, args=ocp.args.StandardRestore(target))
+    chex.assert_trees_all_equal(back, saved)
+    assert jax.tree.structure(back) == jax.tree.structure(saved)
+
+    def finish(params, state):
+        params, state = steps(params, state, 1, range(2, 6))
+        return boundary(params, state)
+
+    chex.assert_trees_all_equal(finish(**back), finish(params, state))
