@@ -87,6 +87,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list | frozenset):
         items = sorted(value) if isinstance(value, frozenset) else value
         return [_plain(v) for v in items]
+    if isinstance(value, np.generic):  # a size may be a NumPy integer
+        return value.item()
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return getattr(value, "__qualname__", repr(type(value)))

@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import optax_cl
@@ -27,6 +28,7 @@ def stored(s):
 
 def test_the_same_settings_pass_after_json():
     optax_cl.check_schema(state(), stored(state()))
+    optax_cl.check_schema(state(), stored(state(rank=np.int64(2))))
 
 
 @pytest.mark.parametrize(
