@@ -109,8 +109,9 @@ def scale_by_decoupled_adam(
 
     Raises:
       TypeError: For a ``mu_dtype`` that is no floating-point dtype.
-      ValueError: For an unknown moment name or a hyper-parameter out of range; at trace
-        time if ``raw_updates`` is needed and missing, or of another structure.
+      ValueError: For an unknown moment name, a hyper-parameter out of range, or a
+        ``b2`` in bfloat16, where .999 is 1; at trace time if ``raw_updates`` is needed
+        and missing, or of another structure.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_cl
@@ -322,6 +323,12 @@ def _map(f, *leaves):
 def _check(b1, b2, eps, eps_root, mu_dtype, first_moment, second_moment):
     checks.check_number("b1", b1, low=0.0, high=1.0, open_high=True)
     checks.check_number("b2", b2, low=0.0, high=1.0, open_high=True)
+    if isinstance(b2, jax.Array) and b2.dtype == jnp.bfloat16:
+        raise ValueError(
+            "`b2` is an array of bfloat16, in which .999 is 1: the second moment would "
+            "stay zero, and steps be NaN. `optax.inject_hyperparams` takes the dtype "
+            "of the parameters; pass it `hyperparam_dtype=jnp.float32`."
+        )
     checks.check_number("eps", eps, low=0.0)
     checks.check_number("eps_root", eps_root, low=0.0)
     checks.check_float_dtype("mu_dtype", mu_dtype)

@@ -339,6 +339,19 @@ def test_a_dtype_in_which_a_mean_has_no_fractions_is_refused(value):
     optax_cl.scale_by_decoupled_adam(mu_dtype="bfloat16").init(jnp.ones(3))
 
 
+def test_a_decay_that_bfloat16_rounds_to_one_is_refused():
+    params = jnp.ones(3, jnp.bfloat16)
+    make = optax.inject_hyperparams(optax_cl.decoupled_adamw)
+    with pytest.raises(ValueError, match=r"`b2`.*hyperparam_dtype"):
+        make(0.1).init(params)
+    wide = optax.inject_hyperparams(
+        optax_cl.decoupled_adamw, hyperparam_dtype=jnp.float32
+    )
+    tx = wide(0.1)
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates.astype(jnp.float32), -0.1, rtol=1e-2)
+
+
 def test_hyper_parameters_can_be_traced():
     grads = normal(0, 5, 4)
 
