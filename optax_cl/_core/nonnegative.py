@@ -39,7 +39,7 @@ def minimise(matrix: chex.Array, linear: chex.Array) -> chex.Array:
 
     Returns:
       x, ``[K]``, at least 0; zeros where b is nowhere negative. With w = (A + eps I) x
-      + b: w = 0 where x > 0, and w >= 0 elsewhere, to ``4 u (|A| x + |b|)``.
+      + b: w = 0 where x > 0, and w >= 0 elsewhere, to a few roundings of |A| x + |b|.
 
     Example:
       >>> import jax.numpy as jnp
