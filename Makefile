@@ -9,10 +9,11 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -n 2 --dist worksteal --durations=10 --durations-min=5
 
 # Most of the tests' time is compilation of small programs that run once. These ask XLA
-# for code that is made 2.7 times faster and runs slower. `make test-all` leaves them out,
+# for code that is made three times faster and runs slower. `make test-all` leaves them out,
 # so that every test is held under the compiler's own choices too.
 XLA_QUICK := --xla_backend_optimization_level=0 \
-  --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false
+  --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false \
+  --xla_cpu_parallel_codegen_split_count=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

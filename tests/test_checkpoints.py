@@ -125,8 +125,11 @@ def trained(make, dtype):
 @pytest.mark.parametrize("saver", SAVERS)
 @pytest.mark.parametrize(
     ("make", "dtype"),
-    [(everything, jnp.float32), (everything, jnp.bfloat16), (wrapped, jnp.float32)],
-    ids=["float32", "bfloat16", "wrapped"],
+    [
+        pytest.param(everything, jnp.float32, id="float32"),
+        pytest.param(everything, jnp.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+        pytest.param(wrapped, jnp.float32, id="wrapped"),
+    ],
 )
 def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, saver, make, dtype):
     step, params, state = trained(make, dtype)
@@ -169,7 +172,9 @@ def test_a_restored_state_serves_at_the_next_boundary(tmp_path, saver):
     assert_bit_equal(end(back), end(state))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
+)
 def test_adapters_on_a_manifold_go_on_bit_for_bit_from_a_checkpoint(tmp_path, dtype):
     kernel = {"kernel": jnp.zeros((6, 4))}
     targets = lora.targets(kernel, {"kernel": 2}, alpha=2.0)

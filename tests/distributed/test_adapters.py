@@ -119,7 +119,9 @@ PLACES = {
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("method", ["eblora", "frozen_a"])
+@pytest.mark.parametrize(
+    "method", ["eblora", pytest.param("frozen_a", marks=pytest.mark.slow)]
+)
 def test_eight_devices_equal_one(method, where):
     place, spread = PLACES[where]
     expected = run(method)

@@ -68,7 +68,13 @@ def test_three_thousand_adam_steps_leave_balanced_adapters_off_the_memory():
 
 @pytest.mark.parametrize(
     ("fan_in", "fan_out", "rank", "memory_rank"),
-    [(6, 12, 2, 3), (8, 12, 8, None), (8, 8, 8, None), (1, 5, 1, None), (5, 1, 1, 3)],
+    [
+        (6, 12, 2, 3),
+        pytest.param(8, 12, 8, None, marks=pytest.mark.slow),
+        (8, 8, 8, None),
+        pytest.param(1, 5, 1, None, marks=pytest.mark.slow),
+        (5, 1, 1, 3),
+    ],
 )
 def test_kernels_of_any_shape_train_on_the_manifold(fan_in, fan_out, rank, memory_rank):
     targets = chosen(fan_in, fan_out, rank)

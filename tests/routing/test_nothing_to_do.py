@@ -85,6 +85,16 @@ CASES = {
         {"reference_updates": zeros},
         False,
     ),
+    "no past task": (
+        optax_cl.gem,
+        {
+            "memory_updates": lambda grads: jax.tree.map(
+                lambda g: jnp.full((2, *g.shape), jnp.nan), grads
+            ),
+            "memory_mask": lambda grads: jnp.zeros(2, bool),
+        },
+        False,
+    ),
     "rho 0": (lambda: optax_cl.mix_replay(0.0), {"replay_updates": nan}, False),
     "weight 0": (
         lambda: optax_cl.mix_replay(0.5),

@@ -177,8 +177,8 @@ def test_the_stream_before_all_layers_is_the_embedding(params, tokens):
     np.testing.assert_array_equal(stream, params["embed"]["embedding"][tokens])
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_rest_asked_at_some_places_is_the_rest_there(params, tokens, count, remat):
     where = jnp.array([[3, 10], [0, 1], [7, 7]])
     config, last = llama.last_layers(CONFIG, params, count)
