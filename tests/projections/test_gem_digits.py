@@ -1,0 +1,125 @@
+"""GEM against plain fine-tuning on digits that come two classes at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.datasets import load_digits
+
+import optax_cl
+
+TASKS, KEPT, STEPS, BATCH, HIDDEN = 3, 40, 60, 16, 32
+TRACES = []
+
+
+def loss(params, x, y, weights):
+    hidden = jax.nn.relu(x @ params["w1"] + params["b1"][None])
+    logits = hidden @ params["w2"] + params["b2"][None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return jnp.sum(weights * losses) / jnp.maximum(weights.sum(), 1), logits
+
+
+def gradient(params, x, y, weights):
+    return jax.grad(lambda p: loss(p, x, y, weights)[0])(params)
+
+
+def optimizer(protect, margin=0.0):
+    modifiers = [optax_cl.gem(margin=margin)] if protect else []
+    return optax_cl.chain(*modifiers, optax.sgd(0.1))
+
+
+@functools.partial(jax.jit, static_argnames="protect", donate_argnums=(0, 1))
+def train(params, state, memory, data, task, key, margin, *, protect):
+    TRACES.append(protect)
+    tx = optimizer(protect, margin)
+
+    def step(carry, key):
+        params, state, memory = carry
+        pick, add = jax.random.split(key)
+        rows = jax.random.randint(pick, [BATCH], 0, len(data["y"]))
+        batch = jax.tree.map(lambda a: a[rows], data)
+        kept = jnp.arange(KEPT)[None] < memory.seen[:, None]
+        memory_updates = jax.vmap(gradient, (None, 0, 0, 0))(
+            params, memory.items["x"], memory.items["y"], 1.0 * kept
+        )
+        grads = gradient(params, batch["x"], batch["y"], jnp.ones(BATCH))
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            memory_updates=memory_updates,
+            memory_mask=jnp.arange(TASKS) < task,
+        )
+        # One reservoir for each task: only that of the current one is offered items.
+        current = jnp.repeat((jnp.arange(TASKS) == task)[:, None], BATCH, 1)
+        memory = jax.vmap(optax_cl.reservoir_add, (0, None, 0, 0))(
+            memory, batch, jax.random.split(add, TASKS), current
+        )
+        return (optax.apply_updates(params, updates), state, memory), None
+
+    keys = jax.random.split(key, STEPS)
+    return jax.lax.scan(step, (params, state, memory), keys)[0]
+
+
+def digit_tasks(seed):
+    """Training data and test data of the digits (0, 1), (2, 3) and (4, 5)."""
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(y))
+    x, y = np.float32(x[order] / 16), np.int32(y[order])
+    for task in range(TASKS):
+        rows = np.flatnonzero(y // 2 == task)
+        # Tasks of one size are one compilation.
+        yield [{"x": x[r], "y": y[r]} for r in (rows[:250], rows[250:340])]
+
+
+def final_accuracies(seed, protect, margin=0.0):
+    """Accuracy on each task's test data after the last task, one head for all."""
+    k1, k2, key = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "w1": jax.random.normal(k1, (64, HIDDEN)) / 8,
+        "b1": jnp.zeros(HIDDEN),
+        "w2": jax.random.normal(k2, (HIDDEN, 10)) / 6,
+        "b2": jnp.zeros(10),
+    }
+    state = optimizer(protect).init(params)
+    stream = list(digit_tasks(seed))
+    item = jax.tree.map(lambda a: a[0], stream[0][0])
+    empty = optax_cl.reservoir_init(KEPT, item)
+    memory = jax.tree.map(lambda a: jnp.stack([a] * TASKS), empty)
+    for task, (data, _) in enumerate(stream):
+        params, state, memory = train(
+            params,
+            state,
+            memory,
+            data,
+            jnp.int32(task),
+            jax.random.fold_in(key, task),
+            jnp.float32(margin),
+            protect=protect,
+        )
+    np.testing.assert_array_equal(memory.seen, STEPS * BATCH)
+    accuracies = []
+    for _, test in stream:
+        _, logits = loss(params, test["x"], test["y"], np.ones(len(test["y"])))
+        accuracies.append(np.mean(np.asarray(logits).argmax(1) == test["y"]))
+    return np.array(accuracies)
+
+
+@pytest.mark.slow
+def test_gem_beats_fine_tuning_a_margin_beats_none_and_all_compile_once():
+    arms = {"plain": (False, 0.0), "gem": (True, 0.0), "margin": (True, 0.5)}
+    plain, projected, margin = (
+        np.array([final_accuracies(seed, *arm) for seed in range(5)])
+        for arm in arms.values()
+    )
+    assert plain[:, :2].max() < 0.2  # forgotten
+    assert (projected.mean(1) > plain.mean(1) + 0.25).all()
+    assert (margin.mean(1) > projected.mean(1) + 0.1).all()
+    assert min(projected[:, -1].min(), margin[:, -1].min()) > 0.8  # and it learns
+    # As the docs have it.
+    means = [arm.mean() for arm in (plain, projected, margin)]
+    np.testing.assert_allclose(means, [0.33, 0.73, 0.95], atol=0.03)
+    assert sorted(TRACES) == [False, True]
