@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_cl._core import per_example, statistics, tasks, trees
+from optax_cl._core import per_example, statistics, tasks
 
 
 class _Sums(NamedTuple):
@@ -38,16 +38,16 @@ def _add(sums: _Sums, data: tasks.PassInput) -> _Sums:
             f"as logits; `task.outputs` gives dtype {dtype} and shape {shape}. Leave "
             "an argmax out of it."
         )
-    wide = trees.importance_dtype(dtype)
 
     def one(example):
-        def squared_norm(params):
-            z = outputs(params, per_example.lead(example))
-            return jnp.sum(jnp.square(z.astype(wide)))
+        def outputs_of(params):
+            return outputs(params, per_example.lead(example))
 
-        gradient = jax.grad(squared_norm)(data.params)
+        # J^T f is half the gradient of |f|^2: twice f might overflow in half precision.
+        f, pull_back = jax.vjp(outputs_of, data.params)
+        (half,) = pull_back(f)
         return jax.tree.map(
-            lambda g, like: jnp.abs(g.astype(like.dtype)), gradient, sums.sizes
+            lambda g, like: 2 * jnp.abs(g.astype(like.dtype)), half, sums.sizes
         )
 
     return _Sums(

@@ -212,6 +212,7 @@ def test_a_bad_gradient_or_parameter_leaves_nothing_behind(value):
     bad = {"a": jnp.full((3, 2), value), "b": grads["b"]}
     state = tx.init(params)
     _, state = tx.update(bad, state, params)
+    chex.assert_tree_all_finite(state)
     _, state = tx.update(grads, state, moved_by(params, 10.0) | {"a": bad["a"]})
     chex.assert_tree_all_finite(state)
     for _ in range(2):
@@ -237,6 +238,16 @@ def test_credit_before_a_bad_step_is_kept():
     state = end_task(state, params)
     expected = np.array([2.0, 3.0]) / (1.5**2 + 1.0)
     np.testing.assert_allclose(state.memory.importance, expected, rtol=1e-5)
+
+
+def test_steps_to_and_from_a_bad_parameter_earn_nothing():
+    tx = si(1.0, damping=1.0)
+    state = tx.init(jnp.zeros(1))
+    for grads, at in ((-2.0, 0.0), (-2.0, 0.5), (-7.0, jnp.nan), (-2.0, 5.0)):
+        _, state = tx.update(jnp.array([grads]), state, jnp.array([at]))
+    state = end_task(state, jnp.array([5.5]))
+    expected = (2 * 0.5 + 2 * 0.5) / (5.5**2 + 1)  # first and last step
+    assert float(state.memory.importance[0]) == pytest.approx(expected)
 
 
 def test_parameters_that_are_not_finite_at_the_start_do_not_spoil_the_others():
