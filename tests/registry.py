@@ -145,7 +145,12 @@ def _mas(strength: Schedulable = 3.0):
 
 def _mas_separate(strength: Schedulable = 3.0, decay=0.7):
     mas = optax_cl.mas(
-        strength, anchors="separate", capacity=3, accumulate="decay", decay=decay
+        strength,
+        anchors="separate",
+        capacity=2,
+        overflow="merge",
+        accumulate="decay",
+        decay=decay,
     )
     return _descend(mas)
 
