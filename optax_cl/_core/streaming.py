@@ -200,6 +200,22 @@ def _start(jobs: Jobs, fixed: Fixed) -> dict[str, Any]:
     return {name: p.init(fixed.states[name], fixed.trainable) for name, p in jobs}
 
 
+def _own(accs: Any, fixed: Fixed) -> Any:
+    """The accumulators, copied where they are someone else's arrays: they are donated.
+
+    A method of the user's own may start from an array of its state, or twice from one.
+    """
+    taken = {id(x) for x in jax.tree.leaves(fixed)}
+
+    def own(x):
+        if id(x) in taken:
+            return jnp.array(x, copy=True)
+        taken.add(id(x))
+        return x
+
+    return jax.tree.map(own, accs)
+
+
 def _add(jobs, task, accs, fixed, batch, weights, key):
     """Every job's accumulator after one more batch; ``task`` is bound."""
     new = {}
@@ -248,7 +264,7 @@ def loop(
     Raises:
       ValueError: If there is no batch, or a label is no class.
     """
-    accs = _start(jobs, fixed)
+    accs = _own(_start(jobs, fixed), fixed)
     count, num_examples = 0, jnp.zeros([], jnp.float32)
     labels, num_classes = None, 0
     for batch, weights in padded_batches(batches):

@@ -1,6 +1,7 @@
 """Stacked batches: one scan that computes what the loop from the host computes."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import optax_cl
+from optax_cl import boundaries
 from optax_cl._core import streaming
 from tests.arrays import normal
 
@@ -46,15 +48,43 @@ def test_stacked_batches_give_what_a_list_of_them_gives():
     assert_same(jax.jit(stacked)(STATE, PARAMS, BATCHES), theirs)
 
 
+class TotalState(NamedTuple):
+    total: Any
+
+
+# A pass that starts from what the state holds, and twice from one array.
+TOTAL = boundaries.Pass(
+    "total",
+    lambda state, params: (state.total, state.total, [jnp.zeros([])] * 2),
+    lambda acc, data: jax.tree.map(lambda x: x + data.weights.sum(), acc),
+)
+boundaries.register_boundary(
+    TotalState,
+    boundaries.Boundary(
+        passes=lambda state: (TOTAL,),
+        end_task=lambda state, params, results: TotalState(results["total"][0]),
+        like=lambda state: state.total,
+    ),
+)
+
+
+def test_a_pass_may_start_from_the_arrays_of_its_state():
+    state = TotalState({"w": jnp.ones((6, 3))})
+    statistics = optax_cl.collect(state, PARAMS, LISTED, task=TASK, key=KEY)
+    ended = optax_cl.end_task(state, PARAMS, statistics)
+    np.testing.assert_array_equal(ended.total["w"], 13.0)
+    np.testing.assert_array_equal(state.total["w"], 1.0)  # it is there still
+
+
 def test_a_whole_boundary_runs_under_jit_and_vmap():
     @jax.jit
     @jax.vmap
-    def boundaries(batches):
+    def two_boundaries(batches):
         statistics = stacked(STATE, PARAMS, batches)
         return optax_cl.begin_task(optax_cl.end_task(STATE, PARAMS, statistics), PARAMS)
 
     two = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), BATCHES)
-    after = boundaries(two)
+    after = two_boundaries(two)
     alone = optax_cl.end_task(STATE, PARAMS, stacked(STATE, PARAMS, BATCHES))
     for both, one in zip(*map(jax.tree.leaves, (after[0], alone[0])), strict=True):
         np.testing.assert_allclose(both[0], one, rtol=1e-4, atol=1e-6)
