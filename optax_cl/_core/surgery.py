@@ -162,20 +162,42 @@ def project_conflicts(
     # x = least + y with y >= 0 moves the floor into the linear term.
     shifted = along + jnp.sum(cosines * least[None, :], axis=1)
     x = least + nonnegative.minimise(cosines, shifted)
-    # The division comes last, as in `_project_jointly`.
     coefficients = jnp.where(conflict & counts, x * scale, 0) / norms
-    acts = jnp.any(coefficients != 0) & jnp.all(jnp.isfinite(coefficients))
+    finite = jnp.all(jnp.isfinite(coefficients))
+    return _add_rows(g, refs, jnp.where(finite, coefficients, 0))
 
-    def project(g_leaf, ref_leaf):
-        # One after the other: a sum over the leading axis takes thirty times as long.
-        total = jnp.asarray(g_leaf, coefficients.dtype)
-        for k in range(len(norms)):
-            c = coefficients[k]
-            part = c * jnp.asarray(ref_leaf[k], c.dtype)
-            total = total + jnp.where(c != 0, part, 0)  # 0 * inf is NaN
-        return jnp.where(acts, total.astype(g_leaf.dtype), g_leaf)
 
-    return jax.tree.map(lambda a, b: project(jnp.asarray(a), b), g, refs)
+def _add_rows(
+    g: chex.ArrayTree, refs: chex.ArrayTree, coefficients: chex.Array
+) -> chex.ArrayTree:
+    """``g`` plus the references times coefficients; those with zero are not read.
+
+    A loop over the references that are added, a few of K if any: written out, its K
+    terms a leaf take minutes to compile for hundreds of leaves.
+    """
+    used = coefficients != 0
+    count = jnp.sum(used)
+    order = jnp.argsort(~used)
+
+    def add(carry):
+        i, total = carry
+        k = order[i]
+
+        def leaf(t, r):
+            row = jax.lax.dynamic_index_in_dim(r, k, keepdims=False)
+            return t + coefficients[k] * jnp.asarray(row, t.dtype)
+
+        return i + 1, jax.tree.map(leaf, total, refs)
+
+    def widen(leaf):
+        leaf = jnp.asarray(leaf, coefficients.dtype)
+        # The select does nothing but make the loop's start vary over the devices of a
+        # `shard_map` wherever its result does.
+        return jnp.where(count > 0, leaf, leaf)
+
+    start = jnp.zeros([], jnp.int32), jax.tree.map(widen, g)
+    _, total = jax.lax.while_loop(lambda carry: carry[0] < count, add, start)
+    return jax.tree.map(lambda t, x: t.astype(jnp.result_type(x)), total, g)
 
 
 def _smallest_square(tree: chex.ArrayTree, dtype: jnp.dtype) -> float:

@@ -521,12 +521,12 @@ def test_inject_hyperparams_passes_the_margin_as_an_array():
 def test_vmap_over_margins_and_seeds_equals_a_loop():
     problems = [problem(seed, "all opposed") for seed in range(3)]
     g, rows = (np.stack(x) for x in zip(*problems, strict=True))
+    rows[0, 3:] = np.nan  # masked there, and read for the others
     margins = np.array([0.0, 0.2, 0.9], np.float32)
-    together = jax.jit(jax.vmap(route, (0, 0, None, 0)))(
-        tree_of(g), tree_of(rows), ALL, margins
-    )
+    masks = np.arange(K) < np.array([[3], [1], [5]])
+    together = jax.jit(jax.vmap(route))(tree_of(g), tree_of(rows), masks, margins)
     for i, margin in enumerate(margins):
-        alone = routed(*problems[i], margin=margin)
+        alone = routed(g[i], rows[i], masks[i], margin=margin)
         np.testing.assert_allclose(flat(together, 1)[i], alone, atol=1e-5)
 
 
