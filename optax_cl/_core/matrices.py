@@ -27,6 +27,9 @@ class MatrixView(NamedTuple):
     batch: tuple[int, ...] = ()
 
 
+# No kernels, however many axes they have: with several heads a bias is [heads, dim].
+_VECTORS = re.compile(r"(^|/)(bias|scale)$")
+
 ViewRule = Callable[[str, tuple[int, ...]], MatrixView | None]
 
 
@@ -46,7 +49,9 @@ class KernelViews:
         for pattern, view in self.override:
             if re.search(pattern, path):
                 return _checked(view, path, shape)
-        if len(shape) < 2 or (self.skip and re.search(self.skip, path)):
+        if len(shape) < 2 or _VECTORS.search(path):
+            return None
+        if self.skip and re.search(self.skip, path):
             return None
         if re.search("embed", path, re.IGNORECASE):
             if self.embeddings == "refuse":
@@ -91,8 +96,9 @@ def matrix_views(
     """Says how the leaves of a model are read as matrices with a fan-in side.
 
     Dense kernels are ``[in, out]`` and image convolutions ``HWIO`` (flax, haiku);
-    leaves with fewer than two axes (biases, scales) are unprotected. Patterns are
-    regular expressions searched in the leaf's path, ``layers/0/kernel``.
+    leaves with fewer than two axes, and those called ``bias`` or ``scale`` whatever
+    their axes, are unprotected. Patterns are regular expressions searched in the leaf's
+    path, ``layers/0/kernel``.
 
     Args:
       layout: ``"in_out"``, or ``"out_in"`` for Equinox weights (``OIHW`` convolutions).

@@ -66,6 +66,15 @@ def test_vectors_and_scalars_are_unprotected():
     assert matrix_views()("scale", ()) is None
 
 
+@pytest.mark.parametrize("path", ["bias", "attn/query/bias", "layers/norm/scale"])
+def test_a_bias_of_several_heads_is_no_kernel(path):
+    assert matrix_views()(path, (4, 8)) is None
+    assert matrix_views(stacked="layers|attn")(path, (3, 4, 8)) is None
+    named = matrix_views(override={"bias|scale": MatrixView((0,), (1,))})
+    assert named(path, (4, 8)) == MatrixView((0,), (1,))
+    assert matrix_views()(f"{path}_of_a_table/kernel", (4, 8)) is not None
+
+
 def test_embeddings_are_refused_skipped_or_protected_on_their_feature_side():
     with pytest.raises(ValueError, match=r"`Embed_0/embedding`.*embeddings='skip'"):
         matrix_views()("Embed_0/embedding", (100, 8))
