@@ -32,8 +32,9 @@ def gem(
     opposed, at least :math:`\gamma g_k` of *every* task is added. It trades learning
     for backward transfer, and gives up the norm bound and the invariance to lengths:
     :math:`\tilde g` may be longer than :math:`g`, and halving :math:`g` does not halve
-    it. The published experiments have 0.5; the default is 0, which is the problem that
-    the paper derives.
+    it. The authors' code runs with 0.5, and it is worth trying: on digits that come two
+    classes at a time it made .95 of a final accuracy of .73 (see the page on
+    projections). The default is 0, for which all that is promised here holds.
 
     The update takes two keyword-only extra arguments. ``memory_updates`` is a tree like
     the updates with a leading axis of K memories, ``memory_mask`` tells which of the K
@@ -45,10 +46,10 @@ def gem(
     to square takes no part; if that is so of all, or :math:`g` is not finite, the
     update stays bit for bit as it is.
 
-    The constraints hold to :math:`\langle\tilde g, g_k\rangle \ge -4\cdot 10^{-6} v_k
-    \|g_k\|^2` in float32, for nearly parallel gradients and lengths of 1e-8 beside 1e4
-    too. Where gradients of tasks all but cancel each other (cosines under -0.9999), v
-    is large and the ridge gives: 1e-4 :math:`\|g\|` there.
+    In float32 the constraints hold to about :math:`\langle\tilde g, g_k\rangle \ge
+    -4\cdot 10^{-6} v_k \|g_k\|^2`, for nearly parallel gradients and for lengths of
+    1e-8 beside 1e4 too. Where gradients of tasks all but cancel each other (cosines
+    under -0.9999), v is large and the ridge gives: 1e-4 :math:`\|g\|` there.
 
     **Placement.** As for ``agem``, by what is guaranteed there:
 
@@ -66,9 +67,10 @@ def gem(
     alone. With several devices give all gradients as global means.
 
     **Memory and cost.** No state. K backward passes a step and K trees like the
-    parameters, which is far more than the rest: K (K + 1) inner products, one pass over
-    the K gradients to add them, and a K x K program, whose handful of small systems
-    does not depend on the parameters. ``agem`` needs one backward pass and one tree.
+    parameters, which is more than the rest: K (K + 1) inner products, the sum of those
+    gradients whose :math:`v_k` is not zero (none, without a conflict), and a program of
+    K unknowns, whose handful of small systems does not grow with the parameters.
+    ``agem`` needs one backward pass and one tree.
 
     Args:
       margin: :math:`\gamma`, at least 0. May be a tracer.
