@@ -31,7 +31,7 @@ def lwf_loss(
     ``(teacher_logits, teacher_logits)`` to log a divergence.
 
     The whole objective is the loss on the new task plus :math:`\lambda` times the mean
-    of this one; the paper takes :math:`\lambda = 1` and :math:`T = 2`.
+    of this one; :math:`\lambda = 1` and :math:`T = 2` are usual.
 
     **The teacher** is the network with the parameters that the last task ended with, on
     the inputs of the *new* task. Record its logits before training, one row per example

@@ -44,9 +44,9 @@ def der_loss(
       logits: ``[..., C]``, of the network in training, on replayed inputs. Any real
         floating-point dtype; arithmetic is in float32 at least.
       stored_logits: ``[..., C]``, the same shape. Gets no gradient.
-      reduction: Over classes: ``"mean"``, for which the published :math:`\alpha` are
-        (0.1 to 0.5), or ``"sum"``, the squared norm, for which :math:`\alpha` is C
-        times smaller.
+      reduction: Over classes: ``"mean"``, which the :math:`\alpha` of the authors'
+        repository belong to (0.5 to 1 on permuted MNIST), or ``"sum"``, the squared
+        norm, for which they are C times too large.
 
     Returns:
       The losses, ``[...]``, in float32 at least. Infinite logits count as the largest
