@@ -172,8 +172,8 @@ def _add_rows(
 ) -> chex.ArrayTree:
     """``g`` plus the references times coefficients; those with zero are not read.
 
-    A loop over the references that are added, a few of K if any: written out, its K
-    terms a leaf take minutes to compile for hundreds of leaves.
+    A loop over the references that are added, a few of K if any: written out, K terms
+    a leaf are slow to trace and to compile for hundreds of leaves.
     """
     used = coefficients != 0
     count = jnp.sum(used)
