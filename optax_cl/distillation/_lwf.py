@@ -85,8 +85,8 @@ def lwf_loss(
 
     Differs from the paper:
       1. The paper has one head per old task and a sum of their losses. With ``old``
-        all old classes share one softmax; call it once per head, each with its own
-        mask, for the paper's sum.
+         all old classes share one softmax; call it once per head, each with its own
+         mask, for the paper's sum.
       2. The paper first trains the new head alone (a warm-up), a matter of the loop.
     """
     checks.check_number("temperature", temperature, low=0.0, open_low=True)

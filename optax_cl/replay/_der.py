@@ -72,7 +72,7 @@ def der_loss(
 
     Differs from the paper:
       1. The paper writes the squared norm, its code takes the mean over classes too;
-        the default is the code's, which made the published numbers.
+         the default is the code's, which made the published numbers.
     """
     checks.check_choice("reduction", reduction, ("mean", "sum"))
     z = logits_lib.check_logits("logits", logits)

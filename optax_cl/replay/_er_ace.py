@@ -83,7 +83,7 @@ def er_ace_loss(
     Differs from the paper:
       1. Logits are left out exactly, not set to a large negative number.
       2. The published code tells unseen classes by their number, above the largest
-        label so far, and leaves that label itself unmasked too; ``seen`` is a set.
+         label so far, and leaves that label itself unmasked too; ``seen`` is a set.
     """
     checks.check_choice("unseen", unseen, ("mask", "keep"))
     z = logits_lib.check_logits("logits", logits)
