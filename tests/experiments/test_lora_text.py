@@ -1,5 +1,6 @@
 """The adapter study on text: examples as tokens, mined pairs, and a tiny run."""
 
+import functools
 import types
 
 import jax
@@ -157,11 +158,10 @@ def test_the_pairs_of_least_cosine_are_reported_and_come_last(tmp_path):
 
 
 def test_parameters_are_split_at_the_adapted_kernels_and_joined_again():
-    params = llama.init(llama.LlamaConfig.tiny(), jax.random.key(0))
-    frozen, adapted = text.split(params, PATTERN)
+    frozen, adapted = text.split(PARAMS, PATTERN)
     assert len(jax.tree.leaves(adapted)) == 4
     assert frozen["layers"]["q"]["kernel"] is None
-    jax.tree.map(np.testing.assert_array_equal, text.join(frozen, adapted), params)
+    jax.tree.map(np.testing.assert_array_equal, text.join(frozen, adapted), PARAMS)
 
 
 def test_more_rates_than_one_need_tuning_orders():
@@ -205,6 +205,20 @@ def tiny(tokens, tmp_path_factory):
     return settings, text.Data(frozen, adapted, words, *streams, order)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def losses_of(settings, data, examples):
+    return text.answer_losses(text.network(settings, data, data.adapted), examples)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def accuracy_of(settings, data):
+    """In the first task."""
+    return text._accuracy(data, 0, text.network(settings, data, data.adapted))
+
+
+REST = jax.jit(llama.rest, static_argnums=0)
+
+
 def test_streams_take_the_place_of_tokens_and_lose_the_same(tokens, tiny):
     settings, data = tiny
     assert data.train.inputs.shape == (2, 32, 16, CONFIG.width)
@@ -213,7 +227,7 @@ def test_streams_take_the_place_of_tokens_and_lose_the_same(tokens, tiny):
     whole = text.Data(frozen, adapted, words, *parts, data.order)
     first = lambda x: x[0, :5]  # noqa: E731
     losses = [
-        text.answer_losses(text.network(s, d, d.adapted), jax.tree.map(first, d.train))
+        losses_of(s, d, jax.tree.map(first, d.train))
         for s, d in ((settings, data), (settings._replace(config=CONFIG), whole))
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -236,10 +250,9 @@ def test_streams_are_read_once(tokens, tmp_path, monkeypatch):
 
 def test_the_loss_is_the_mean_over_what_is_asked(tiny):
     settings, data = tiny
-    net = text.network(settings, data, data.adapted)
-    losses = text.answer_losses(net, data.general)
+    losses = losses_of(settings, data, data.general)
     whole = text.join(data.frozen, data.adapted)
-    hidden = llama.rest(settings.config, whole, jnp.asarray(data.general.inputs))
+    hidden = REST(settings.config, whole, jnp.asarray(data.general.inputs))
     table = np.float64(whole["embed"]["embedding"])
 
     def nats(window, place, token):
@@ -252,9 +265,9 @@ def test_the_loss_is_the_mean_over_what_is_asked(tiny):
 
 def test_accuracy_compares_the_words_of_the_task_only(tiny):
     settings, data = tiny
-    right = text._accuracy(data, 0, text.network(settings, data, data.adapted))
+    right = accuracy_of(settings, data)
     whole = text.join(data.frozen, data.adapted)
-    hidden = llama.rest(settings.config, whole, jnp.asarray(data.test.inputs[0]))
+    hidden = REST(settings.config, whole, jnp.asarray(data.test.inputs[0]))
     at = np.take_along_axis(hidden, data.test.where[0][..., None], axis=1)[:, 0]
     scores = at @ whole["embed"]["embedding"][data.words[0]].T
     np.testing.assert_allclose(right, (scores.argmax(1) == data.test.answer[0]).mean())

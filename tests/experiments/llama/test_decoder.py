@@ -18,6 +18,8 @@ from tests.experiments.llama.tiny import (
     FEATURES,
     FORWARD,
     KERNELS,
+    REST,
+    TRUNK,
     adapters_of,
     close,
 )
@@ -165,15 +167,15 @@ def test_recomputing_activations_changes_no_gradient(
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_trunk_and_rest_are_the_whole_model(params, tokens, count):
-    stream = llama.trunk(CONFIG, params, tokens, CONFIG.layers - count)
+    stream = TRUNK(CONFIG, params, tokens, CONFIG.layers - count)
     config, last = llama.last_layers(CONFIG, params, count)
     assert config == dataclasses.replace(CONFIG, layers=count)
     whole, _ = FEATURES(CONFIG, params, tokens)
-    close(llama.rest(config, last, stream), whole)
+    close(REST(config, last, stream), whole)
 
 
 def test_the_stream_before_all_layers_is_the_embedding(params, tokens):
-    stream = llama.trunk(CONFIG, params, tokens, 0)
+    stream = TRUNK(CONFIG, params, tokens, 0)
     np.testing.assert_array_equal(stream, params["embed"]["embedding"][tokens])
 
 
@@ -183,10 +185,10 @@ def test_the_rest_asked_at_some_places_is_the_rest_there(params, tokens, count, 
     where = jnp.array([[3, 10], [0, 1], [7, 7]])
     config, last = llama.last_layers(CONFIG, params, count)
     config = dataclasses.replace(config, remat=remat)
-    stream = llama.trunk(CONFIG, params, tokens, CONFIG.layers - count)
+    stream = TRUNK(CONFIG, params, tokens, CONFIG.layers - count)
     whole, _ = FEATURES(CONFIG, params, tokens)
     asked = jnp.take_along_axis(whole, where[..., None], axis=1)
-    close(llama.rest(config, last, stream, where=where), asked)
+    close(REST(config, last, stream, where=where), asked)
 
 
 def test_adapters_of_the_rest_are_those_of_a_model_with_none_before(
@@ -197,8 +199,8 @@ def test_adapters_of_the_rest_are_those_of_a_model_with_none_before(
     whole, _ = FEATURES(CONFIG, params, tokens, silent, targets)
     config, last = llama.last_layers(CONFIG, params, 2)
     own = jax.tree.map(lambda x: x[1:], adapters)
-    stream = llama.trunk(CONFIG, params, tokens, 1)
-    close(llama.rest(config, last, stream, own, targets), whole)
+    stream = TRUNK(CONFIG, params, tokens, 1)
+    close(REST(config, last, stream, own, targets), whole)
     plain, _ = FEATURES(CONFIG, params, tokens)
     assert jnp.abs(plain - whole).max() > 0.1
 
@@ -206,7 +208,7 @@ def test_adapters_of_the_rest_are_those_of_a_model_with_none_before(
 def test_gradients_of_the_rest_are_those_of_the_whole_model(params, tokens):
     where = jnp.array([[10], [4], [7]])
     config, last = llama.last_layers(CONFIG, params, 2)
-    stream = llama.trunk(CONFIG, params, tokens, 1)
+    stream = TRUNK(CONFIG, params, tokens, 1)
 
     def of_rest(layers):
         part = last | {"layers": layers}

@@ -14,6 +14,8 @@ CONFIG = LlamaConfig.tiny()
 KERNELS = [f"layers/{name}/kernel" for name in llama.KERNELS]
 FORWARD = jax.jit(llama.forward, static_argnums=0)
 FEATURES = jax.jit(llama.features, static_argnums=0)
+TRUNK = jax.jit(llama.trunk, static_argnums=(0, 3))
+REST = jax.jit(llama.rest, static_argnums=0)
 
 
 @functools.cache
