@@ -27,7 +27,6 @@ myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "imported-members": True}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Differs from the paper"]

@@ -1,6 +1,7 @@
 """Continual learning as Optax gradient transformations."""
 
 from optax_cl import boundaries as boundaries
+from optax_cl import distillation as distillation
 from optax_cl import lora as lora
 from optax_cl import metrics as metrics
 from optax_cl import recipes as recipes
