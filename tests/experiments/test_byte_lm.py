@@ -10,6 +10,8 @@ from scipy.special import log_softmax, softmax
 from experiments.models import byte_lm
 
 TINY = byte_lm.ByteLMConfig(layers=2, width=8, heads=2, hidden=12, context=6)
+INIT = jax.jit(byte_lm.byte_lm(TINY).init)
+APPLY = jax.jit(byte_lm.byte_lm(TINY).apply)
 
 
 def random_bytes(seed, shape):
@@ -50,22 +52,20 @@ def reference_logits(params, tokens, config):
 
 
 def test_logits_match_an_independent_forward_pass():
-    model = byte_lm.byte_lm(TINY)
-    params = model.init(jax.random.key(0))
+    params = INIT(jax.random.key(0))
     tokens = random_bytes(1, (3, 6))
-    logits = model.apply(params, jnp.asarray(tokens))
+    logits = APPLY(params, jnp.asarray(tokens))
     for sequence, got in zip(tokens, logits, strict=True):
         want = reference_logits(params, sequence, TINY)
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_a_position_sees_only_itself_and_what_came_before():
-    model = byte_lm.byte_lm(TINY)
-    params = model.init(jax.random.key(0))
+    params = INIT(jax.random.key(0))
     tokens = random_bytes(1, (1, 6))
     changed = tokens.copy()
     changed[0, 3] ^= 0xFF
-    before, after = model.apply(params, tokens), model.apply(params, changed)
+    before, after = APPLY(params, tokens), APPLY(params, changed)
     np.testing.assert_array_equal(before[0, :3], after[0, :3])
     assert np.all(np.any(before[0, 3:] != after[0, 3:], axis=-1))
 
@@ -81,7 +81,7 @@ def test_loss_is_the_mean_cross_entropy_in_nats():
 
 
 def test_parameters_are_a_plain_tree_whose_kernels_are_matrices():
-    params = byte_lm.byte_lm(byte_lm.SMALL).init(jax.random.key(0))
+    params = jax.jit(byte_lm.byte_lm(byte_lm.SMALL).init)(jax.random.key(0))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     assert all(type(leaf).__name__ == "ArrayImpl" for _, leaf in leaves)
     kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
@@ -105,7 +105,7 @@ def test_init_is_traceable_over_seeds_and_differs_between_them():
     )
     head = both["head"]["kernel"]
     assert np.abs(head[0] - head[1]).min() > 0
-    alone = model.init(jax.random.key(1))["head"]["kernel"]
+    alone = INIT(jax.random.key(1))["head"]["kernel"]
     np.testing.assert_array_equal(head[1], alone)
 
 
@@ -125,7 +125,7 @@ def test_the_model_learns_a_repeating_text():
         updates, state = tx.update(grads, state)
         return (optax.apply_updates(params, updates), state), value
 
-    params = model.init(jax.random.key(0))
+    params = INIT(jax.random.key(0))
     run = jax.jit(lambda c: jax.lax.scan(step, c, length=100))
     _, losses = run((params, tx.init(params)))
     assert losses[0] > 5.0 > 0.2 > losses[-1]
