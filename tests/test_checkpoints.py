@@ -83,7 +83,7 @@ def run(step, params, state, seeds):
 
 
 def middle_of_a_task(tx, step, params):
-    params, state = run(step, params, tx.init(params), range(4))
+    params, state = run(step, params, jax.jit(tx.init)(params), range(4))
     state = optax_cl.end_task(
         state, params, testing.collect_synthetic(state, params), moments="project"
     )

@@ -20,6 +20,7 @@ from optax_cl.replay import (
 
 LIMIT = 2**31 - 2
 ITEM = jnp.zeros([], jnp.int32)
+ADD = jax.jit(reservoir_add)
 
 
 def fill(key, capacity, length, batch_size, add=reservoir_add):
@@ -133,8 +134,7 @@ def test_a_batch_is_added_as_if_item_by_item(seed):
 
 def test_the_first_items_fill_the_slots_in_order():
     buffer = reservoir_init(6, ITEM)
-    add = jax.jit(reservoir_add)
-    buffer = add(buffer, jnp.array([5, 6, 7, 8], jnp.int32), jax.random.key(0))
+    buffer = ADD(buffer, jnp.array([5, 6, 7, 8], jnp.int32), jax.random.key(0))
     np.testing.assert_array_equal(buffer.items, [5, 6, 7, 8, 0, 0])
     assert buffer.seen == 4 and buffer.seen.dtype == jnp.int32
 
@@ -143,10 +143,10 @@ def test_padding_is_neither_stored_nor_counted():
     buffer = reservoir_init(4, ITEM)
     batch = jnp.array([1, -1, 2, -1], jnp.int32)
     mask = batch > 0
-    buffer = reservoir_add(buffer, batch, jax.random.key(0), mask)
+    buffer = ADD(buffer, batch, jax.random.key(0), mask)
     np.testing.assert_array_equal(buffer.items, [1, 2, 0, 0])
     assert buffer.seen == 2
-    same = reservoir_add(buffer, batch, jax.random.key(1), jnp.zeros(4, bool))
+    same = ADD(buffer, batch, jax.random.key(1), jnp.zeros(4, bool))
     np.testing.assert_array_equal(same.items, buffer.items)
     assert same.seen == 2
 
@@ -163,14 +163,14 @@ def test_padding_does_not_change_the_odds():
 
 def test_the_sample_has_the_imbalance_of_the_stream():
     labels = (np.arange(1000) % 10 == 0).astype(np.int32)
-    buffer = reservoir_add(reservoir_init(300, ITEM), labels, jax.random.key(0))
+    buffer = ADD(reservoir_init(300, ITEM), labels, jax.random.key(0))
     assert 0.05 < buffer.items.mean() < 0.15
 
 
 def test_one_reservoir_per_class_balances_the_classes():
     labels = jnp.asarray(np.arange(1000) % 10 == 0, jnp.int32)
     buffers = jax.tree.map(lambda x: jnp.stack([x, x]), reservoir_init(50, ITEM))
-    buffers = jax.vmap(reservoir_add, in_axes=(0, None, 0, 0))(
+    buffers = jax.jit(jax.vmap(reservoir_add, in_axes=(0, None, 0, 0)))(
         buffers,
         labels,
         jax.random.split(jax.random.key(0), 2),
@@ -192,9 +192,7 @@ def test_leaves_of_one_item_stay_together_and_keep_their_dtypes():
         "y": n.astype(jnp.int8),
         "none": None,
     }
-    buffer = jax.jit(reservoir_add)(
-        reservoir_init(7, example), batch, jax.random.key(0)
-    )
+    buffer = ADD(reservoir_init(7, example), batch, jax.random.key(0))
     assert buffer.items["x"].dtype == jnp.bfloat16 and buffer.items["none"] is None
     drawn, _ = reservoir_sample(buffer, jax.random.key(1), 20)
     assert drawn["x"].shape == (20, 2, 3) and drawn["y"].dtype == jnp.int8
