@@ -45,8 +45,8 @@ def der_loss(
         floating-point dtype; arithmetic is in float32 at least.
       stored_logits: ``[..., C]``, the same shape. Gets no gradient.
       reduction: Over classes: ``"mean"``, which the :math:`\alpha` of the authors'
-        repository belong to (0.5 to 1 on permuted MNIST), or ``"sum"``, the squared
-        norm, for which they are C times too large.
+        repository belong to, or ``"sum"``, the squared norm, for which they are C
+        times too large.
 
     Returns:
       The losses, ``[...]``, in float32 at least. Infinite logits count as the largest

@@ -110,3 +110,5 @@ def test_both_beat_fine_tuning_on_every_seed_and_learn_the_last_task():
     # As the docs have it.
     means = [method.mean() for method in (plain, dark, ace)]
     np.testing.assert_allclose(means, [0.19, 0.82, 0.82], atol=0.03)
+    last = [method[:, -1].mean() for method in (dark, ace)]
+    np.testing.assert_allclose(last, [0.94, 0.69], atol=0.03)
