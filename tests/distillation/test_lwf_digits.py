@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sklearn.datasets import load_digits
 
 from optax_cl import distillation
+from tests import digit_pairs
 
 TASKS, STEPS, BATCH, SEEDS = 5, 90, 32, 5
 SIZES = (64, 256, 256, 10)
@@ -67,20 +67,11 @@ def train(own_heads, strength, key, data):
     return jax.lax.scan(one_task, params, (data, jnp.arange(TASKS), keys))[0]
 
 
-def digits(seed):
-    """Training and test data of the pairs of digits, ``[TASKS, rows, ...]``."""
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(y))
-    x, y = np.float32(x[order] / 16), np.int32(y[order])
-    rows = np.stack([np.flatnonzero(y // 2 == t)[:340] for t in range(TASKS)])
-    return [{"x": x[r], "y": y[r]} for r in (rows[:, :250], rows[:, 250:])]
-
-
 def final_accuracies(own_heads, strength):
     """``[SEEDS, TASKS]``, on test data, among the classes of the task."""
     found = []
     for seed in range(SEEDS):
-        data, test = digits(seed)
+        data, test = digit_pairs.load(seed)
         params = train(own_heads, strength, jax.random.key(seed), data)
         logits = np.asarray(network(params, test["x"].reshape(-1, 64)))
         logits = logits.reshape(TASKS, -1, 2 * TASKS)

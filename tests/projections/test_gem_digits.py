@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sklearn.datasets import load_digits
 
 import optax_cl
+from tests import digit_pairs
 
 TASKS, KEPT, STEPS, BATCH, HIDDEN = 3, 40, 60, 16, 32
 TRACES = []
@@ -64,17 +64,6 @@ def train(params, state, memory, data, task, key, margin, *, protect):
     return jax.lax.scan(step, (params, state, memory), keys)[0]
 
 
-def digit_tasks(seed):
-    """Training data and test data of the digits (0, 1), (2, 3) and (4, 5)."""
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(y))
-    x, y = np.float32(x[order] / 16), np.int32(y[order])
-    for task in range(TASKS):
-        rows = np.flatnonzero(y // 2 == task)
-        # Tasks of one size are one compilation.
-        yield [{"x": x[r], "y": y[r]} for r in (rows[:250], rows[250:340])]
-
-
 def final_accuracies(seed, protect, margin=0.0):
     """Accuracy on each task's test data after the last task, one head for all."""
     k1, k2, key = jax.random.split(jax.random.key(seed), 3)
@@ -85,7 +74,12 @@ def final_accuracies(seed, protect, margin=0.0):
         "b2": jnp.zeros(10),
     }
     state = optimizer(protect).init(params)
-    stream = list(digit_tasks(seed))
+    both = digit_pairs.load(seed, TASKS)
+    # Tasks of one size are one compilation.
+    stream = [
+        [{k: v[task] for k, v in part.items()} for part in both]
+        for task in range(TASKS)
+    ]
     item = jax.tree.map(lambda a: a[0], stream[0][0])
     empty = optax_cl.reservoir_init(KEPT, item)
     memory = jax.tree.map(lambda a: jnp.stack([a] * TASKS), empty)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sklearn.datasets import load_digits
 
 from optax_cl import replay
+from tests import digit_pairs
 
 TASKS, CLASSES, KEPT, STEPS, BATCH, HIDDEN = 5, 10, 100, 60, 16, 32
 SEEDS = 5
@@ -79,20 +79,11 @@ def train(method, key, data):
     return jax.lax.scan(step, start, (tasks, keys))[0][0]
 
 
-def digits(seed):
-    """Training and test data of the pairs of digits, ``[TASKS, rows, ...]``."""
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(y))
-    x, y = np.float32(x[order] / 16), np.int32(y[order])
-    rows = np.stack([np.flatnonzero(y // 2 == t)[:340] for t in range(TASKS)])
-    return [{"x": x[r], "y": y[r]} for r in (rows[:, :250], rows[:, 250:])]
-
-
 def final_accuracies(method):
     """``[SEEDS, TASKS]``, on test data, one head for all."""
     found = []
     for seed in range(SEEDS):
-        data, test = digits(seed)
+        data, test = digit_pairs.load(seed)
         params = train(method, jax.random.key(seed), data)
         logits = network(params, test["x"].reshape(-1, 64))
         hits = np.asarray(logits).argmax(1) == test["y"].reshape(-1)
