@@ -49,12 +49,11 @@ def orthonormalize(
       directions are filled in from a fixed frame.
     """
     one_pass = _PASSES[method]
-    inside = None if memory is None else coefficients(memory, y)
-    x, low, high = one_pass(y if inside is None else y - lift(memory, inside), False)
+    x, low, high = one_pass(off_memory(y, memory), False)
     well = high < _WELL_CONDITIONED * low
-    if inside is not None:
+    if memory is not None:
         # What rounding leaves in the memory is a share of what was there before.
-        well &= jnp.sum(inside**2, axis=(-2, -1)) < 4 * low
+        well &= jnp.sum(inside(y, memory) ** 2, axis=(-2, -1)) < 4 * low
     # A loop that runs once or not at all, not a branch: under vmap a branch would
     # always take both sides.
     x, _ = jax.lax.while_loop(
@@ -68,9 +67,17 @@ def orthonormalize(
     return x
 
 
+def inside(z: chex.Array, memory: chex.Array) -> chex.Array:
+    """``Z^T M``: ``[..., d, r], [..., d, p] -> [..., r, p]``.
+
+    Of a stack of narrow Z a CPU computes this a few times faster than ``M^T Z``.
+    """
+    return coefficients(z, memory)
+
+
 def off_memory(z: chex.Array, memory: chex.Array | None) -> chex.Array:
     """``(I - M M^T) Z``; Z itself without a memory."""
-    return z if memory is None else z - lift(memory, coefficients(memory, z))
+    return z if memory is None else z - lift(inside(z, memory), memory.mT).mT
 
 
 def unit_scale(matrix: chex.Array) -> chex.Array:

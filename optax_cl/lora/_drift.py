@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from optax_cl._core import trees
 from optax_cl._core.linalg import coefficients
-from optax_cl._core.orthonormal import identity
+from optax_cl._core.orthonormal import identity, inside
 from optax_cl.lora import _spectral
 
 # Squared length of a column from which on a factor is held. The update of a point Y is
@@ -35,29 +35,32 @@ def look(factors: _spectral.Factors, params: Any, master: Any) -> Seen:
         exact = [i for i in group if trees.is_masked(masters[i])]
         rounded = [i for i in group if not trees.is_masked(masters[i])]
         for members in filter(None, (exact, rounded)):
-            p = jnp.stack([leaves[i] for i in members])
+            p = _spectral.stack([leaves[i] for i in members])
             p = p.astype(jnp.promote_types(p.dtype, jnp.float32))
             gram = coefficients(p, p)
             off = jnp.abs(gram - identity(gram))
             if members is rounded:
-                off = jnp.sum((p - jnp.stack([masters[i] for i in rounded])) ** 2, -2)
+                off = jnp.sum(
+                    (p - _spectral.stack([masters[i] for i in rounded])) ** 2, -2
+                )
             drift = jnp.fmax(drift, _largest(off))
             lengths = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)
-            for i, too_long in zip(members, lengths > _LONG, strict=True):
-                held[i] = too_long
+            too_long = _spectral.unstack(lengths > _LONG, len(members))
+            for i, long in zip(members, too_long, strict=True):
+                held[i] = long
     return Seen(drift, factors.structure.unflatten(held))
 
 
 def overlap(y: chex.Array, memory: chex.Array | None) -> chex.Array:
-    """The largest entry of ``|M^T Y|`` for ``Y = X + xi``, as ``xi`` is off the memory.
+    """The largest entry of ``|Y^T M|`` for ``Y = X + xi``, as ``xi`` is off the memory.
 
     A retraction computes the same product, so that it costs nothing here.
     """
     if memory is None:
         return jnp.zeros([], jnp.float32)
-    inside = jnp.max(jnp.abs(coefficients(memory, y)), axis=(-2, -1))
+    share = jnp.max(jnp.abs(inside(y, memory)), axis=(-2, -1))
     # Of a long step rounding leaves a share.
-    return _largest(inside / jnp.fmax(1.0, jnp.max(jnp.abs(y), axis=(-2, -1))))
+    return _largest(share / jnp.fmax(1.0, jnp.max(jnp.abs(y), axis=(-2, -1))))
 
 
 def _largest(x: chex.Array) -> chex.Array:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from optax_cl._core import checks, decompositions
+from optax_cl._core.orthonormal import off_memory
 from optax_cl.lora import stiefel
 from optax_cl.lora._adapters import Spectral
 from optax_cl.lora._checks import check_directions, check_finite
-from optax_cl.lora._memory import off_memory
 from optax_cl.lora._targets import Targets
 
 

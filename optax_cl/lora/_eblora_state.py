@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_cl._core import checks, tasks, trees
+from optax_cl._core.orthonormal import off_memory
 from optax_cl.lora import _capacity, _checks, _memory, _spectral
 from optax_cl.lora._targets import Targets
 
@@ -171,7 +172,7 @@ def _project(state: EbloraState, tree: chex.ArrayTree) -> chex.ArrayTree:
     bases = trees.align_structure("basis", state.memory.basis, tree)
 
     def one(z, m):
-        return z if trees.is_hole(m) else _memory.off_memory(z, m).astype(z.dtype)
+        return z if trees.is_hole(m) else off_memory(z, m).astype(z.dtype)
 
     return jax.tree.map(one, tree, bases)
 

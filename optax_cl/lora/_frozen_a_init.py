@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cl._core import decompositions
-from optax_cl.lora import _memory
+from optax_cl._core.orthonormal import off_memory
 from optax_cl.lora._adapters import Adapters, LoRA
 from optax_cl.lora._checks import check_each, check_finite
 from optax_cl.lora._targets import Targets
@@ -108,12 +108,12 @@ def _leading_off(memory: chex.Array, f: chex.Array, r: int) -> chex.Array:
     q, upper = decompositions.qr(_off(jnp.where(keep, vectors, drawn), memory))
     signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
     # Off the memory once more: random columns had most of their length taken out.
-    return _memory.off_memory(q * signs[..., None, :], memory)
+    return off_memory(q * signs[..., None, :], memory)
 
 
 def _off(matrix, memory):
     # Twice, since one projection leaves rounding of the size of what came in.
-    return _memory.off_memory(_memory.off_memory(matrix, memory), memory)
+    return off_memory(off_memory(matrix, memory), memory)
 
 
 def _entry(name, given, path, lead):

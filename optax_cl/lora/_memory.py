@@ -22,6 +22,7 @@ from optax_cl._core import (
     statistics,
     tasks,
 )
+from optax_cl._core.orthonormal import off_memory
 from optax_cl.lora._targets import Targets, kernels, replace_kernels
 
 STATISTICS = ("mean", "batches")
@@ -204,11 +205,6 @@ def _missing(memory, gradient, threshold):
     # Weak directions carry the most of what rounding left in the memory.
     directions = off_memory(vectors, memory) * keep[..., None, :]
     return directions, jnp.sum(keep, axis=-1, dtype=jnp.int32)
-
-
-def off_memory(matrix: chex.Array, memory: chex.Array) -> chex.Array:
-    """``(I - M M^T) Z`` for Z ``[*batch, in, k]``."""
-    return matrix - linalg.lift(memory, linalg.coefficients(memory, matrix))
 
 
 def factor(gram: chex.Array) -> chex.Array:

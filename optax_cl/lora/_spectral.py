@@ -1,6 +1,7 @@
 """Spectral adapters in a tree: what a leaf is, checks, and stacks of equal shapes."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ from optax_cl._core import checks, trees
 from optax_cl.lora import _checks
 from optax_cl.lora._adapters import Spectral, is_adapter
 from optax_cl.lora._targets import Target, Targets
+
+# A leaf that is a stack of so many matrices (scanned layers, say) goes by itself: to
+# copy it beside others would cost more than it saves.
+_STACK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +137,7 @@ class Factors(NamedTuple):
     structure: Any
     points: list[Any]
     memories: list[Any]
-    groups: list[list[int]]  # equal shapes and dtypes, and equal shapes of memories
+    groups: list[list[int]]  # of one shape, dtype and shape of memory; or one leaf
 
 
 def factors_of(updates: Any, points: Any, bases: Any) -> Factors:
@@ -148,8 +153,20 @@ def factors_of(updates: Any, points: Any, bases: Any) -> Factors:
     for i, (role, x, m) in enumerate(zip(kinds, leaves, memories, strict=True)):
         if role.field in ("u", "v"):
             kind = (x.shape, x.dtype, None if m is None else m.shape)
+            if math.prod(x.shape[:-2]) >= _STACK:
+                kind = (*kind, i)
             groups.setdefault(kind, []).append(i)
     return Factors(structure, leaves, memories, list(groups.values()))
+
+
+def stack(members: list[Any]) -> Any:
+    """Factors of a group in one array; a single one as it is, without a copy."""
+    return members[0] if len(members) == 1 else jnp.stack(members)
+
+
+def unstack(results: Any, count: int) -> list[Any]:
+    """What became of each of the factors that ``stack`` had put in one array."""
+    return [results] if count == 1 else list(results)
 
 
 def on_factors(
@@ -166,16 +183,16 @@ def on_factors(
         present = [i for i in group if not trees.is_hole(leaves[i])]
         if not present:
             continue
-        x = jnp.stack([factors.points[i] for i in present])
-        z = jnp.stack([leaves[i] for i in present])
+        x = stack([factors.points[i] for i in present])
+        z = stack([leaves[i] for i in present])
         memory = None
         if factors.memories[present[0]] is not None:
-            memory = jnp.stack([factors.memories[i] for i in present])
+            memory = stack([factors.memories[i] for i in present])
         results = function(x, z, memory=memory)
         if has_aux:
             results, beside = results
             aux.append(beside)
-        for i, result in zip(present, results, strict=True):
+        for i, result in zip(present, unstack(results, len(present)), strict=True):
             leaves[i] = result
     mapped = factors.structure.unflatten(leaves)
     return (mapped, aux) if has_aux else mapped
