@@ -63,6 +63,14 @@ def class_mask(name: str, mask: Any, logits: jax.Array) -> jax.Array:
     return jnp.broadcast_to(given, shape)
 
 
+def one_hot(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Which class each label is, bool ``[..., C]``; none for what is no class."""
+    # Classes are numbered in the dtype of the labels, and in eight bits 256 would be 0.
+    if labels.dtype.itemsize < 4:
+        labels = labels.astype(jnp.int32)
+    return jax.nn.one_hot(labels, num_classes, dtype=bool)
+
+
 def check_label_values(labels: chex.Array, num_classes: int) -> None:
     """Raises for labels that are no class; silent where values are not known."""
     if isinstance(labels, jax.core.Tracer) or not labels.is_fully_addressable:

@@ -1,7 +1,6 @@
 """ER-ACE: new examples don't push down the logits of classes that are not there."""
 
 import chex
-import jax
 import jax.numpy as jnp
 
 from optax_cl._core import checks, task_functions
@@ -90,7 +89,7 @@ def er_ace_loss(
     labels = jnp.asarray(labels)
     task_functions.check_labels(labels, z)
     logits_lib.check_label_values(labels, z.shape[-1])
-    own = jax.nn.one_hot(labels, z.shape[-1], dtype=bool)
+    own = logits_lib.one_hot(labels, z.shape[-1])
     kept = own | logits_lib.class_mask("present", present, z)
     if unseen == "keep":
         if seen is None:
@@ -143,7 +142,7 @@ def classes_in(
             "with `jnp.argmax(labels, axis=-1)`."
         )
     logits_lib.check_label_values(labels, num_classes)
-    found = jax.nn.one_hot(labels.reshape(-1), num_classes, dtype=bool)
+    found = logits_lib.one_hot(labels.reshape(-1), num_classes)
     if where is None:
         return jnp.any(found, axis=0)
     where = jnp.asarray(where)

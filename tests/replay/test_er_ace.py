@@ -152,6 +152,18 @@ def test_huge_and_infinite_logits_have_a_defined_loss_and_gradient():
         assert not np.isnan(grad).any()
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_labels_of_eight_bits_are_told_from_those_of_256_more(dtype):
+    z, labels = normal(0, 2, 300), np.array([3, 44])
+    present = np.isin(np.arange(300), labels)
+    small = labels.astype(dtype)
+    np.testing.assert_array_equal(classes_in(small, 300), present)
+    losses, grad = value_and_grad(z, small, present=present)
+    expected = oracle(z, labels, present)
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(grad, expected[1], atol=1e-7)
+
+
 def test_a_label_that_is_no_class_is_infinite_under_jit_and_spares_the_others():
     z = normal(0, 4, C)
     labels = np.array([4, -1, C, 2])
