@@ -91,13 +91,15 @@ def lwf_loss(
     """
     checks.check_number("temperature", temperature, low=0.0, open_low=True)
     z = logits_lib.check_logits("logits", logits)
+    # Its square, in the dtype it came in, may be no number of that.
+    temperature = jnp.asarray(temperature, z.dtype)
     teacher = logits_lib.check_partner("teacher_logits", teacher_logits, z)
     mask = _old(old, z)
     q = jnp.exp(-logits_lib.surprisal(teacher, mask, temperature))
     cross = logits_lib.surprisal(z, mask, temperature)
     # By a product, a class of no weight and no probability would be 0 times infinity.
-    losses = jnp.sum(jnp.where(mask & (q > 0), q * cross, 0), axis=-1)
-    return losses * jnp.square(temperature) if scale_t2 else losses
+    losses = jnp.sum(jnp.where(q == 0, 0, q * cross), axis=-1)
+    return losses * temperature * temperature if scale_t2 else losses
 
 
 def confidence_weights(
@@ -122,7 +124,8 @@ def confidence_weights(
         threshold is 0.
 
     Returns:
-      Weights ``[...]``, 0 or 1, in float32 at least. They have no gradient.
+      Weights ``[...]``, 0 or 1, in float32 at least. They have no gradient. NaN among
+      the old logits gives 0.
 
     Raises:
       ValueError: For shapes that don't fit or a threshold outside ``[0, 1]``.

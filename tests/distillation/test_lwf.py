@@ -127,6 +127,19 @@ def test_the_gradient_shrinks_with_the_temperature_unless_it_is_scaled(x64):
     assert np.abs(plain[1]).max() < 1e-6
 
 
+@pytest.mark.parametrize(
+    "temperature", [jnp.float16(300), jnp.bfloat16(2.3), jnp.int32(10**5), 10**5]
+)
+def test_the_temperature_is_squared_in_the_dtype_of_the_losses(temperature):
+    args = normal(0, 4, C), normal(1, 4, C)
+    same = float(temperature)
+    losses, grad = value_and_grad(*args, temperature=temperature, scale_t2=True)
+    expected = value_and_grad(*args, temperature=same, scale_t2=True)
+    plain, _ = value_and_grad(*args, temperature=same)
+    np.testing.assert_allclose(losses, same**2 * np.float64(plain), rtol=1e-6)
+    np.testing.assert_array_equal(grad, expected[1])
+
+
 def test_nothing_flows_to_the_teacher():
     z, teacher = normal(0, 4, C), normal(1, 4, C)
     grad = jax.grad(lambda t: lwf_loss(z, t, old=OLD).sum())(teacher)
@@ -196,6 +209,14 @@ def test_nan_is_passed_on_and_stays_in_its_example():
     losses, grad = value_and_grad(z, normal(1, 3, C), old=OLD)
     np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
     assert not np.isnan(grad[[0, 2]]).any()
+    # Nor is a teacher that diverged a loss of zero.
+    teacher = normal(1, 3, C).at[1, 0].set(jnp.nan)
+    losses, grad = value_and_grad(normal(0, 3, C), teacher, old=OLD)
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
+    assert not np.isnan(grad[[0, 2]]).any()
+    np.testing.assert_array_equal(
+        confidence_weights(teacher, threshold=0.0, old=OLD), [1, 0, 1]
+    )
 
 
 def test_confidence_is_the_largest_probability_of_an_old_class():
@@ -214,7 +235,9 @@ def test_confidence_is_the_largest_probability_of_an_old_class():
 def test_a_threshold_of_zero_is_lwf_and_no_old_class_is_no_confidence():
     teacher = normal(1, 8, C)
     assert confidence_weights(teacher, threshold=0.0, old=OLD).all()
-    assert not confidence_weights(teacher, threshold=0.1, old=np.zeros(C, bool)).any()
+    none = np.zeros(C, bool)
+    assert not confidence_weights(teacher, threshold=0.1, old=none).any()
+    assert confidence_weights(teacher, threshold=0.0, old=none).all()
 
 
 def test_the_filtered_mean_is_over_what_is_kept():
