@@ -18,7 +18,7 @@ def adapters(dtype=jnp.float32, scale=1.0, batch=()):
     """One layer with a drawn `a` and `b`."""
     a = RNG.normal(size=(*batch, IN, R)) * scale
     b = RNG.normal(size=(*batch, R, OUT))
-    return {"layer/kernel": lora.LoRA(jnp.asarray(a, dtype), jnp.asarray(b, dtype))}
+    return {"layer/kernel": lora.LoRA(a.astype(dtype), b.astype(dtype))}
 
 
 def factor(tree):

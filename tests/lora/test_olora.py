@@ -47,17 +47,17 @@ def test_the_pull_is_the_gradient_of_the_loss_in_64_bits(x64, penalty):
     assert factor(state.rows).dtype == jnp.float64
     found = pull(tx, state, here)
     # The state keeps the strength in float32.
-    by_jax = jax.grad(lambda tree: lora.olora_loss(state, tree))(here)
+    by_jax = jax.jit(jax.grad(lora.olora_loss, argnums=1))(state, here)
     chex.assert_trees_all_close(found, by_jax, rtol=1e-6, atol=1e-9)
     _, by_hand = oracle(history, here, penalty)
     np.testing.assert_allclose(factor(found), 0.3 * by_hand, rtol=1e-12)
 
 
 def test_the_penalty_is_zero_exactly_where_rows_are_orthogonal():
-    eye = jnp.eye(IN)
-    make = lambda a: {"layer/kernel": lora.LoRA(a, jnp.ones((R, OUT)))}  # noqa: E731
-    old, orthogonal = make(eye[:, :R]), make(7.0 * eye[:, R : 2 * R])
-    touching = make(orthogonal["layer/kernel"].a.at[0, 0].set(1e-3))
+    eye, b = np.eye(IN, dtype=np.float32), np.ones((R, OUT), np.float32)
+    make = lambda a: {"layer/kernel": lora.LoRA(a, b)}  # noqa: E731
+    old, orthogonal = make(eye[:, :R]), make(7 * eye[:, R : 2 * R])
+    touching = make(factor(orthogonal) + np.float32(1e-3) * eye[:, :R])
     for penalty in ("l1", "fro"):
         tx = lora.olora(1.0, capacity=2, penalty=penalty)
         state = remembering(tx, [old])
@@ -66,14 +66,16 @@ def test_the_penalty_is_zero_exactly_where_rows_are_orthogonal():
             pull(tx, state, orthogonal), optax.tree.zeros_like(orthogonal)
         )
         assert lora.olora_loss(state, touching) > 0.0
-        assert jnp.any(factor(pull(tx, state, touching)) != 0)
+        assert np.any(np.asarray(factor(pull(tx, state, touching))))
 
 
 def test_only_the_input_side_is_pulled_and_only_it_is_read():
     tx = lora.olora(2.0, capacity=2)
     state = remembering(tx, HISTORY[:1])
-    assert jnp.all(pull(tx, state, HERE)["layer/kernel"].b == 0)
-    other = {"layer/kernel": HERE["layer/kernel"]._replace(b=jnp.zeros((R, OUT)))}
+    assert not np.any(np.asarray(pull(tx, state, HERE)["layer/kernel"].b))
+    other = {
+        "layer/kernel": HERE["layer/kernel"]._replace(b=np.zeros((R, OUT), np.float32))
+    }
     assert lora.olora_loss(state, other) == lora.olora_loss(state, HERE)
     chex.assert_trees_all_equal(pull(tx, state, other), pull(tx, state, HERE))
 
@@ -94,9 +96,10 @@ def test_it_is_a_penalty_and_leaves_the_gradient_its_part_along_old_rows():
     gradient = adapters()
     updates, _ = tx.update(gradient, state, HERE)
     old = factor(HISTORY[0])
-    without = old.T @ (factor(updates) - factor(pull(tx, state, HERE)))
+    pulled = np.asarray(factor(pull(tx, state, HERE)))
+    without = old.T @ (np.asarray(factor(updates)) - pulled)
     np.testing.assert_allclose(without, old.T @ factor(gradient), rtol=1e-4, atol=1e-4)
-    assert jnp.abs(without).max() > 0.1
+    assert np.abs(without).max() > 0.1
 
 
 def test_a_schedule_sets_the_strength_of_every_step():
@@ -131,11 +134,11 @@ def test_stacked_layers_are_each_compared_with_their_own_past(penalty):
     tx = lora.olora(1.0, capacity=2, penalty=penalty)
     state = remembering(tx, [old])
     layer = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+    found, total = np.asarray(factor(pull(tx, state, here))), 0.0
     for i in range(4):
-        _, gradient = oracle([layer(old, i)], layer(here, i), penalty)
-        found = factor(pull(tx, state, here))[i]
-        np.testing.assert_allclose(found, gradient, rtol=1e-4, atol=1e-4)
-    total = sum(oracle([layer(old, i)], layer(here, i), penalty)[0] for i in range(4))
+        value, gradient = oracle([layer(old, i)], layer(here, i), penalty)
+        np.testing.assert_allclose(found[i], gradient, rtol=1e-4, atol=1e-4)
+        total += value
     np.testing.assert_allclose(lora.olora_loss(state, here), total, rtol=1e-5)
 
 
@@ -155,7 +158,7 @@ def test_under_adam_a_penalty_alone_moves_a_learning_rate_a_step():
         tx = optax.chain(lora.olora(strength, capacity=1), optax.adam(0.01, eps=1e-20))
         state = remembering(tx, HISTORY[:1])
         step = factor(pull(tx, state, HERE))
-        np.testing.assert_allclose(jnp.abs(step), 0.01, rtol=1e-3)
+        np.testing.assert_allclose(np.abs(step), 0.01, rtol=1e-3)
 
 
 def test_l1_ends_in_a_band_as_wide_as_a_step_and_fro_fades():
@@ -169,7 +172,7 @@ def test_l1_ends_in_a_band_as_wide_as_a_step_and_fro_fades():
             return (optax.apply_updates(tree, updates), state), None
 
         (tree, _), _ = jax.lax.scan(step, (HERE, state), length=500)
-        return float(jnp.abs(factor(HISTORY[0]).T @ factor(tree)).max())
+        return np.abs(factor(HISTORY[0]).T @ np.asarray(factor(tree))).max()
 
     assert 1e-3 < overlap("l1") < 1.0
     assert overlap("fro") < 1e-4
@@ -188,11 +191,11 @@ def test_the_memory_shares_no_buffer_with_the_adapters():
 
 def test_rows_stand_in_the_order_of_tasks_with_zeros_behind():
     state = remembering(lora.olora(1.0, capacity=4), HISTORY[:2])
-    rows = factor(state.rows)
+    rows = np.asarray(factor(state.rows))
     chex.assert_shape(rows, (IN, 4 * R))
-    expected = jnp.concatenate([factor(t) for t in HISTORY[:2]], axis=-1)
+    expected = np.concatenate([factor(t) for t in HISTORY[:2]], axis=-1)
     np.testing.assert_array_equal(rows[:, : 2 * R], expected)
-    assert jnp.all(rows[:, 2 * R :] == 0)
+    assert not rows[:, 2 * R :].any()
     assert state.tasks == 2
 
 
@@ -201,7 +204,7 @@ def test_a_full_memory_raises_or_forgets_the_oldest():
     with pytest.raises(ValueError, match=r"rows of 2 tasks.*optax_cl\.grow"):
         boundary(full, HERE)
     state = remembering(lora.olora(1.0, capacity=2, overflow="oldest"), HISTORY)
-    expected = jnp.concatenate([factor(t) for t in HISTORY[1:]], axis=-1)
+    expected = np.concatenate([factor(t) for t in HISTORY[1:]], axis=-1)
     np.testing.assert_array_equal(factor(state.rows), expected)
     assert state.tasks == 2
 
@@ -236,7 +239,9 @@ def test_a_memory_grows_and_keeps_what_it_does(make):
 
 def test_rows_that_are_not_finite_protect_nothing():
     broken = {
-        "layer/kernel": HERE["layer/kernel"]._replace(a=jnp.full((IN, R), jnp.nan))
+        "layer/kernel": HERE["layer/kernel"]._replace(
+            a=np.full((IN, R), np.nan, np.float32)
+        )
     }
     for tx in (lora.olora(1.0, capacity=2), lora.olora_project(capacity=2)):
         with pytest.warns(UserWarning, match="`params` are not finite at"):
@@ -292,7 +297,7 @@ def test_adapters_of_another_shape_are_refused_at_the_boundary(tx, fan_in, rank)
     for call in (optax_cl.begin_task, jax.jit(optax_cl.begin_task), boundary):
         with pytest.raises(ValueError, match=match):
             call(state, other)
-    seeds = jax.tree.map(lambda x: jnp.stack([x, x]), HERE)
+    seeds = jax.tree.map(lambda x: np.stack([x, x]), HERE)
     optax_cl.begin_task(jax.vmap(tx.init)(seeds), seeds)
 
 
@@ -308,11 +313,12 @@ def test_what_reads_a_memory_says_which_method_is_missing():
 
 
 def test_other_input_side_factors_can_be_named():
-    spectral = lora.Spectral(jnp.ones(()), jnp.ones((OUT, R)), jnp.ones((IN, R)))
+    ones = np.ones((IN, R), np.float32)
+    spectral = lora.Spectral(ones[0, 0], ones[:OUT], ones)
     tx = lora.olora_project(capacity=1, factors="/v$")
     state = remembering(tx, [{"kernel": spectral}])
     updates, _ = tx.update({"kernel": spectral}, state)
-    assert jnp.abs(updates["kernel"].v).max() < 1e-6
+    assert np.abs(updates["kernel"].v).max() < 1e-6
     chex.assert_trees_all_equal(updates["kernel"].u, spectral.u)
 
 
@@ -321,9 +327,9 @@ def test_it_finds_the_factors_of_flax_adapters():
     layer = nnx.LoRA(IN, R, OUT, rngs=nnx.Rngs(0))
     params = nnx.as_pure(nnx.state(layer, nnx.LoRAParam))
     state = remembering(lora.olora(1.0, capacity=2, penalty="fro"), [params])
-    a = params["lora_a"]
-    np.testing.assert_array_equal(state.rows["lora_a"][:, :R], a)
-    overlap = jnp.sum((a.T @ a) ** 2)
+    a = np.asarray(params["lora_a"])
+    np.testing.assert_array_equal(np.asarray(state.rows["lora_a"])[:, :R], a)
+    overlap = np.sum((a.T @ a) ** 2)
     np.testing.assert_allclose(lora.olora_loss(state, params), overlap, rtol=1e-5)
 
 

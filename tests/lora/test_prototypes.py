@@ -2,7 +2,6 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -11,6 +10,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from optax_cl import lora
 
 # Compiled as one function: quicker than their operations one by one.
+init = jax.jit(lora.prototypes_init, static_argnames=("tasks", "dim", "classes"))
 add, route = jax.jit(lora.prototypes_add), jax.jit(lora.route)
 nearest_mean, mahalanobis = jax.jit(lora.nearest_mean), jax.jit(lora.mahalanobis)
 
@@ -28,14 +28,14 @@ def clusters(seed=0, per=40, tasks=3, classes=2, dim=5, apart=3.0):
 
 
 def fitted(x, task, label=None, batch=None, tasks=3, classes=2):
-    prototypes = lora.prototypes_init(tasks, x.shape[1], classes=classes)
+    prototypes = init(tasks, x.shape[1], classes=classes)
     for i in range(0, len(x), batch or len(x)):
         part = slice(i, i + (batch or len(x)))
         prototypes = add(
             prototypes,
-            jnp.asarray(x[part]),
-            jnp.asarray(task[part]),
-            None if label is None else jnp.asarray(label[part]),
+            x[part],
+            task[part],
+            None if label is None else label[part],
         )
     return prototypes
 
@@ -59,7 +59,7 @@ def oracle(x, task, label, tasks=3, classes=2):
 # Statistics
 
 
-@pytest.mark.parametrize("batch", [7, 240])
+@pytest.mark.parametrize("batch", [8, 240])
 def test_streaming_equals_all_at_once(batch):
     x, task, label = clusters()
     prototypes = fitted(x, task, label, batch)
@@ -81,10 +81,10 @@ def test_a_large_offset_does_not_drown_the_covariance():
 
 def test_one_task_id_for_a_whole_batch():
     x, _, _ = clusters()
-    one = add(lora.prototypes_init(3, 5), x, 1)
-    each = add(lora.prototypes_init(3, 5), x, jnp.full(len(x), 1))
+    one = add(init(3, 5), x, 1)
+    each = add(init(3, 5), x, np.full(len(x), 1))
     chex.assert_trees_all_equal(one, each)
-    np.testing.assert_array_equal(one.count[:, 0], [0, len(x), 0])
+    np.testing.assert_array_equal(np.asarray(one.count)[:, 0], [0, len(x), 0])
 
 
 @pytest.mark.parametrize(
@@ -104,17 +104,17 @@ def test_examples_out_of_range_are_left_out(ids, kind):
 def test_examples_that_are_not_finite_are_left_out(bad):
     x, task, label = clusters(per=5)
     spoilt = x.copy()
-    spoilt[::4, 2] = bad
-    keep = np.arange(len(x)) % 4 != 0
+    spoilt[::3, 2] = bad
+    keep = np.arange(len(x)) % 3 != 0
     expected = fitted(x[keep], task[keep], label[keep])
     chex.assert_trees_all_close(fitted(spoilt, task, label), expected, atol=1e-5)
 
 
 def test_adding_compiles_once_for_all_tasks():
     once = jax.jit(chex.assert_max_traces(lora.prototypes_add, 1))
-    prototypes = lora.prototypes_init(4, 5)
+    prototypes = init(4, 5)
     for task in range(4):
-        new = once(prototypes, jnp.ones((6, 5)), jnp.int32(task))
+        new = once(prototypes, np.ones((6, 5), np.float32), np.int32(task))
         chex.assert_trees_all_equal_shapes_and_dtypes(new, prototypes)
         prototypes = new
     np.testing.assert_array_equal(prototypes.count, 6)
@@ -127,36 +127,35 @@ def test_adding_compiles_once_for_all_tasks():
 def test_mahalanobis_distances_are_those_of_the_formula(shrinkage):
     x, task, label = clusters()
     router = mahalanobis(fitted(x, task, label), shrinkage)
-    got = route(router, x[:20]).distances
+    got = route(router, x).distances
     mean, _, scatter = oracle(x, task, label)
     covariance = scatter / len(x)
     shrunk = (1 - shrinkage) * covariance
     shrunk += shrinkage * np.trace(covariance) / 5 * np.eye(5)
-    apart = x[:20, None, None, :].astype(np.float64) - mean
+    apart = x[:, None, None, :].astype(np.float64) - mean
     squared = np.einsum("btci,ij,btcj->btc", apart, np.linalg.inv(shrunk), apart)
     np.testing.assert_allclose(got, squared.min(-1), rtol=2e-3, atol=1e-3)
 
 
 def test_euclidean_distances_and_weights_are_those_of_the_formula():
     x, task, label = clusters(apart=0.5)
-    routes = route(nearest_mean(fitted(x, task, label)), x[:20], temperature=2.0)
+    routes = route(nearest_mean(fitted(x, task, label)), x, temperature=2.0)
     mean, _, _ = oracle(x, task, label)
-    apart = x[:20, None, None, :].astype(np.float64) - mean
+    apart = x[:, None, None, :].astype(np.float64) - mean
     squared = (apart**2).sum(-1).min(-1)
     weights = np.exp(-squared / 4) / np.exp(-squared / 4).sum(-1, keepdims=True)
     np.testing.assert_allclose(routes.distances, squared, rtol=1e-4)
     np.testing.assert_allclose(routes.weights, weights, rtol=1e-3, atol=1e-6)
     np.testing.assert_array_equal(routes.task, squared.argmin(-1))
-    assert routes.task.dtype == jnp.int32
+    assert routes.task.dtype == np.int32
 
 
 def test_small_distances_far_from_the_origin_are_kept():
     # |x|^2 - 2 x m + |m|^2 is off by whole units here in float32.
-    prototypes = lora.prototypes_init(2, 2)
-    prototypes = add(prototypes, jnp.array([[4096.0, 0.0]]), 0)
-    prototypes = add(prototypes, jnp.array([[-4096.0, 0.0]]), 1)
-    routes = route(nearest_mean(prototypes), jnp.array([[4096.0, 0.25]]))
-    assert float(routes.distances[0, 0]) == 0.0625
+    x = np.float32([[4096.0, 0.0], [-4096.0, 0.0]])
+    prototypes = fitted(x, np.arange(2), tasks=2, classes=1)
+    routes = route(nearest_mean(prototypes), np.float32([[4096.0, 0.25]]))
+    assert float(np.asarray(routes.distances)[0, 0]) == 0.0625
 
 
 @pytest.mark.parametrize("shrinkage", [0.1, 0.5])
@@ -182,18 +181,17 @@ def test_mahalanobis_agrees_with_the_lda_of_scikit_learn(shrinkage):
 @pytest.mark.parametrize("make", [nearest_mean, mahalanobis])
 def test_ids_are_recovered_on_separable_data(make):
     x, task, label = clusters(apart=8.0)
-    router = make(fitted(x, task, label, 50))
+    router = make(fitted(x, task, label, 30))
     fresh, fresh_task, _ = clusters(apart=8.0)
     routes = route(router, fresh)
     np.testing.assert_array_equal(routes.task, fresh_task)
 
 
 def test_one_hot_prototypes_recover_their_ids():
-    prototypes = lora.prototypes_init(5, 5)
-    for task in range(5):
-        prototypes = add(prototypes, jnp.eye(5)[task : task + 1], task)
+    eye = np.eye(5, dtype=np.float32)
+    prototypes = fitted(eye, np.arange(5), tasks=5, classes=1)
     for router in (nearest_mean(prototypes), mahalanobis(prototypes)):
-        routes = route(router, jnp.eye(5) * 3)
+        routes = route(router, 3 * eye)
         np.testing.assert_array_equal(routes.task, np.arange(5))
 
 
@@ -205,7 +203,7 @@ def test_mahalanobis_discounts_the_direction_that_all_classes_share():
     x[:, 1] += task
     x[:, 0] += 3 * task
     prototypes = fitted(x.astype(np.float32), task, tasks=2, classes=1)
-    point = jnp.array([[4.0, 0.0]])
+    point = np.float32([[4.0, 0.0]])
     assert int(route(nearest_mean(prototypes), point).task[0]) == 1
     assert int(route(mahalanobis(prototypes, 1e-4), point).task[0]) == 0
 
@@ -215,25 +213,28 @@ def test_empty_tasks_and_classes_never_win(make):
     # The mean of an empty cell is stored as zero, where this input lies.
     x, task, label = clusters(apart=0.0)
     prototypes = fitted(x + 50.0, task, label, tasks=7, classes=4)
-    routes = route(make(prototypes), jnp.zeros((3, 5)))
-    assert (routes.task < 3).all()
-    np.testing.assert_array_equal(routes.weights[:, 3:], 0.0)
-    np.testing.assert_allclose(routes.weights.sum(-1), 1.0, rtol=1e-5)
+    routes = route(make(prototypes), np.zeros((3, 5), np.float32))
+    assert (np.asarray(routes.task) < 3).all()
+    weights = np.asarray(routes.weights)
+    np.testing.assert_array_equal(weights[:, 3:], 0.0)
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [nearest_mean, mahalanobis])
 def test_without_prototypes_inputs_go_nowhere(make):
-    routes = route(make(lora.prototypes_init(3, 2)), jnp.ones((4, 2)))
+    routes = route(make(init(3, 2)), np.ones((4, 2), np.float32))
     np.testing.assert_array_equal(routes.task, -1)
     np.testing.assert_array_equal(routes.weights, 0.0)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_an_input_that_is_not_finite_goes_nowhere(bad):
     x, task, label = clusters()
     router = mahalanobis(fitted(x, task, label))
-    routes = route(router, jnp.array(x[:3]).at[1, 0].set(bad))
-    np.testing.assert_array_equal(routes.task == -1, [False, True, False])
+    spoilt = x.copy()
+    spoilt[1, 0] = bad
+    routes = route(router, spoilt)
+    np.testing.assert_array_equal(np.flatnonzero(np.asarray(routes.task) == -1), [1])
     assert not np.isnan(routes.weights).any()
 
 
@@ -257,30 +258,30 @@ def test_vmap_over_seeds_equals_one_by_one():
     data = [clusters(seed) for seed in (0, 1)]
 
     def run(x, task, label):
-        prototypes = lora.prototypes_init(3, 5, classes=2)
-        prototypes = add(prototypes, x, task, label)
-        return route(mahalanobis(prototypes), x).weights
+        return route(mahalanobis(fitted(x, task, label)), x).weights
 
-    together = jax.vmap(run)(*(jnp.stack(x) for x in zip(*data, strict=True)))
+    together = jax.jit(jax.vmap(run))(*(np.stack(x) for x in zip(*data, strict=True)))
     for i, one in enumerate(data):
-        alone = run(*(jnp.asarray(x) for x in one))
-        np.testing.assert_allclose(together[i], alone, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(together)[i], run(*one), atol=1e-4)
 
 
 def test_routes_pick_the_adapters_of_a_mixed_batch():
-    adapter = {"w": lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)))}
-    stacked = lora.store(lora.stack(adapter, 3), 1, adapter)
-    prototypes = lora.prototypes_init(3, 2)
-    for task, at in enumerate([-5.0, 5.0]):
-        prototypes = add(prototypes, jnp.full((1, 2), at), task)
-    x = jnp.array([[-5.0, -5.0], [5.0, 5.0], [jnp.nan, 0.0]])
-    ids = route(nearest_mean(prototypes), x).task
+    ones = np.ones((3, 2), np.float32)
+    adapter = {"w": lora.LoRA(ones[:2, :1], ones[:1])}
+    at = np.float32([[-5.0, -5.0], [5.0, 5.0], [np.nan, 0.0]])
+    prototypes = fitted(at[:2], np.arange(2), classes=1)
+    ids = route(nearest_mean(prototypes), at).task
 
-    def layer(x, task):
-        return lora.dense(x, jnp.zeros((2, 2)), lora.select(stacked, task)["w"], 1.0)
+    @jax.jit
+    def layer(x, ids):
+        stacked = lora.store(lora.stack(adapter, 3), 1, adapter)
 
-    y = jax.vmap(layer)(jnp.ones((3, 2)), ids)
-    np.testing.assert_array_equal(y[:, 0], [0.0, 2.0, 0.0])
+        def one(x, task):
+            return lora.dense(x, 0 * ones[:2], lora.select(stacked, task)["w"], 1.0)
+
+        return jax.vmap(one)(x, ids)
+
+    np.testing.assert_array_equal(np.asarray(layer(ones, ids))[:, 0], [0.0, 2.0, 0.0])
 
 
 def test_digits_of_three_input_shifts_are_routed():
@@ -288,14 +289,13 @@ def test_digits_of_three_input_shifts_are_routed():
     images = load_digits().images.astype(np.float32) / 16
     labels = load_digits().target
     views = [images, images[:, ::-1], images.transpose(0, 2, 1)]
-    prototypes = lora.prototypes_init(3, 64, classes=10)
+    prototypes = init(3, 64, classes=10)
     for task, view in enumerate(views):
-        x = jnp.asarray(view[:1000].reshape(-1, 64))
-        prototypes = add(prototypes, x, task, labels[:1000])
+        prototypes = add(prototypes, view[:1000].reshape(-1, 64), task, labels[:1000])
 
     def share(router):
         right = [
-            np.mean(route(router, view[1000:].reshape(-1, 64)).task == task)
+            np.mean(np.asarray(route(router, view[1000:].reshape(-1, 64)).task) == task)
             for task, view in enumerate(views)
         ]
         return float(np.mean(right))
@@ -315,40 +315,38 @@ def test_digits_of_three_input_shifts_are_routed():
         (lambda p: lora.prototypes_init(2, 2.0), TypeError, "`dim`"),
         (lambda p: lora.prototypes_init(2, 2, classes=0), ValueError, "`classes`"),
         (
-            lambda p: lora.prototypes_add(p, jnp.ones((4, 3)), 0),
+            lambda p: lora.prototypes_add(p, np.ones((4, 3)), 0),
             ValueError,
             r"\[B, 2\].*got \(4, 3\)",
         ),
         (
-            lambda p: lora.prototypes_add(p, jnp.ones(2), 0),
+            lambda p: lora.prototypes_add(p, np.ones(2), 0),
             ValueError,
             r"\[B, 2\].*got \(2,\)",
         ),
         (
-            lambda p: lora.prototypes_add(p, jnp.ones((4, 2)), 3),
+            lambda p: lora.prototypes_add(p, np.ones((4, 2)), 3),
             ValueError,
             r"`task` must be in \[0, 3\)",
         ),
         (
-            lambda p: lora.prototypes_add(p, jnp.ones((4, 2)), 1.0),
+            lambda p: lora.prototypes_add(p, np.ones((4, 2)), 1.0),
             TypeError,
             "`task` must hold integers",
         ),
         (
-            lambda p: lora.prototypes_add(p, jnp.ones((4, 2)), 0, jnp.zeros(3, int)),
+            lambda p: lora.prototypes_add(p, np.ones((4, 2)), 0, np.zeros(3, int)),
             ValueError,
             r"`labels`.*got shape \(3,\)",
         ),
         (lambda p: lora.mahalanobis(p, 1.5), ValueError, "`shrinkage`"),
         (
-            lambda p: lora.route(
-                lora.nearest_mean(p), jnp.ones((1, 2)), temperature=0.0
-            ),
+            lambda p: lora.route(nearest_mean(p), np.ones((1, 2)), temperature=0.0),
             ValueError,
             "`temperature`",
         ),
         (
-            lambda p: lora.route(lora.nearest_mean(p), jnp.ones((1, 3))),
+            lambda p: lora.route(nearest_mean(p), np.ones((1, 3))),
             ValueError,
             r"\[B, 2\].*got \(1, 3\)",
         ),
@@ -356,4 +354,4 @@ def test_digits_of_three_input_shifts_are_routed():
 )
 def test_bad_arguments_are_named(call, error, match):
     with pytest.raises(error, match=match):
-        call(lora.prototypes_init(3, 2))
+        call(init(3, 2))
