@@ -28,9 +28,8 @@ def run(tx, grads, params=None, state=None):
 def install(state, **fields):
     """Gives every ``ProtectState`` in a state these fields (arrays for one leaf)."""
     if "basis" in fields and "energy" not in fields:
-        fields["energy"] = jnp.ones(
-            fields["basis"].shape[:-2] + fields["basis"].shape[-1:]
-        )
+        shape = fields["basis"].shape[:-2] + fields["basis"].shape[-1:]
+        fields["energy"] = jnp.asarray(np.ones(shape, np.float32))
     return optax_cl.map_states(lambda s: s._replace(**fields), state, ProtectState)
 
 
@@ -48,7 +47,10 @@ TASK = optax_cl.classification(logits, lambda batch: batch["y"])
 
 
 def make_params(seed=0):
-    return {"w": normal(seed, IN, OUT), "b": jnp.zeros((1, OUT))}
+    return {
+        "w": normal(seed, IN, OUT),
+        "b": jnp.asarray(np.zeros((1, OUT), np.float32)),
+    }
 
 
 def make_batches(seed, sizes=(5, 5, 5), scale=None):
@@ -57,7 +59,7 @@ def make_batches(seed, sizes=(5, 5, 5), scale=None):
     scale = np.ones(IN) if scale is None else np.asarray(scale)
     return [
         {
-            "x": jnp.asarray(rng.normal(size=(n, IN)) * scale, jnp.float32),
+            "x": jnp.asarray(np.float32(rng.normal(size=(n, IN)) * scale)),
             "y": jnp.asarray(rng.integers(0, OUT, n)),
         }
         for n in sizes

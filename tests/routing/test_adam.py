@@ -26,7 +26,7 @@ def steps_in_one_jit(tx, reference, grads, params):
 
     state, reference_state = tx.init(params), reference.init(params)
     for i in range(jax.tree.leaves(grads)[0].shape[0]):
-        g = jax.tree.map(lambda x, i=i: x[i], grads)
+        g = jax.tree.map(lambda x, i=i: np.asarray(x)[i], grads)
         updates, expected, state, reference_state = both(state, reference_state, g)
         yield updates, expected
     yield state, reference_state
@@ -87,9 +87,10 @@ def test_bitwise_optax_with_mu_dtype(kind):
 @pytest.mark.parametrize("kind", ["adam", "nadam"])
 def test_bitwise_optax_for_complex_parameters(kind):
     ours, theirs = PAIRS[kind]
-    grads = normal(0, 5, 6) + 1j * normal(1, 5, 6)
+    drawn = np.random.default_rng(0).normal(size=(2, 5, 6))
+    grads = np.complex64(drawn[0] + 1j * drawn[1])
     for pair in steps_in_one_jit(
-        optax_cl.chain(ours()), theirs(), grads, jnp.zeros_like(grads[0])
+        optax_cl.chain(ours()), theirs(), grads, np.zeros_like(grads[0])
     ):
         assert_bits(*pair)
 
@@ -112,31 +113,40 @@ def test_adamw_alias_is_optax_adamw():
 # Displacement, relative to plain Adam: routing.md's identities on eight axes at once.
 
 
+KEEP = np.float32(1 - STRENGTHS)
+modifier = optax.stateless(lambda g, _: g * KEEP)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def moved(links, grads):
+    """The sum of all updates over a stream, for each of some chains."""
+    return {name: run(optax_cl.chain(*tx), grads)[0].sum(0) for name, tx in links}
+
+
+def drawn(steps, mean=0.2):
+    return np.asarray(normal(0, steps, 8)) + np.float32(mean)
+
+
 @pytest.fixture(scope="module")
 def displacement():
     """Sum of all updates on eight coordinates, each with a strength of its own."""
-    grads = normal(0, 400, 8) + 0.2
-    keep = jnp.asarray(1 - STRENGTHS, jnp.float32)
-    modifier = optax.stateless(lambda g, _: g * keep)
-
-    def moved(*links):
-        return np.asarray(
-            jax.jit(lambda g: run(optax_cl.chain(*links), g)[0].sum(0))(grads),
-            np.float64,
-        )
-
     adam = optax_cl.scale_by_decoupled_adam
-    return {
-        "vanilla": moved(adam()),
-        "shared": moved(modifier, adam(second_moment="routed")),
-        "optax": moved(modifier, optax.scale_by_adam()),
-        "max": moved(modifier, adam()),
-        "raw": moved(modifier, adam(second_moment="raw")),
-        "denominator": moved(
-            modifier, adam(first_moment="raw", second_moment="routed")
+    found = moved(
+        (
+            ("vanilla", (adam(),)),
+            ("shared", (modifier, adam(second_moment="routed"))),
+            ("optax", (modifier, optax.scale_by_adam())),
+            ("max", (modifier, adam())),
+            ("raw", (modifier, adam(second_moment="raw"))),
+            (
+                "denominator",
+                (modifier, adam(first_moment="raw", second_moment="routed")),
+            ),
+            ("post", (adam(), modifier)),
         ),
-        "post": moved(adam(), modifier),
-    }
+        drawn(400),
+    )
+    return jax.tree.map(np.float64, found)
 
 
 @pytest.mark.parametrize(
@@ -155,17 +165,17 @@ def test_displacement_along_an_axis(displacement, routing, ratio):
     np.testing.assert_allclose(measured, ratio(STRENGTHS), rtol=1e-5)
 
 
-def test_amsgrad_and_nadam_route_alike():
-    grads = normal(0, 50, 8) + 0.2
-    keep = jnp.asarray(1 - STRENGTHS, jnp.float32)
-    modifier = optax.stateless(lambda g, _: g * keep)
-    for kind in ("nadam", "amsgrad"):
-        link, plain = PAIRS[kind]
-        moved = run(optax_cl.chain(modifier, link()), grads)[0].sum(0)
-        shared = run(optax.chain(modifier, plain()), grads)[0].sum(0)
-        vanilla = run(plain(), grads)[0].sum(0)
-        np.testing.assert_allclose(moved / vanilla, 1 - STRENGTHS, rtol=1e-5)
-        np.testing.assert_allclose(shared / vanilla, 1.0, rtol=1e-5)
+@pytest.mark.parametrize("kind", ["nadam", "amsgrad"])
+def test_amsgrad_and_nadam_route_alike(kind):
+    link, plain = (make() for make in PAIRS[kind])
+    links = (
+        ("ours", (modifier, link)),
+        ("shared", (modifier, plain)),
+        ("vanilla", (plain,)),
+    )
+    found = jax.tree.map(np.asarray, moved(links, drawn(50)))
+    np.testing.assert_allclose(found["ours"] / found["vanilla"], KEEP, rtol=1e-5)
+    np.testing.assert_allclose(found["shared"] / found["vanilla"], 1.0, rtol=1e-5)
 
 
 def test_nesterov_look_ahead_reads_the_routed_gradient():
@@ -174,35 +184,38 @@ def test_nesterov_look_ahead_reads_the_routed_gradient():
         optax.scale(0.1), optax_cl.scale_by_decoupled_adam(nesterov=True)
     )
     plain = optax.scale_by_adam(nesterov=True)
-    g = jnp.array([1.0, -3.0])
-    np.testing.assert_allclose(
-        tx.update(g, tx.init(g))[0], 0.1 * plain.update(g, plain.init(g))[0], rtol=1e-5
-    )
+    g = np.float32([1.0, -3.0])
+    found, expected = jax.jit(
+        lambda g: [link.update(g, link.init(g))[0] for link in (tx, plain)]
+    )(g)
+    np.testing.assert_allclose(found, 0.1 * np.asarray(expected), rtol=1e-5)
 
 
 # Optimizers that have nothing to route
 
 
 def test_momentum_sgd_has_nothing_to_repair():
-    grads = normal(0, 50, 8)
-    keep = jnp.asarray(1 - STRENGTHS, jnp.float32)
-    modifier = optax.stateless(lambda g, _: g * keep)
-    plain = run(optax.trace(0.9), grads)[0].sum(0)
-    before = run(optax.chain(modifier, optax.trace(0.9)), grads)[0].sum(0)
-    after = run(optax.chain(optax.trace(0.9), modifier), grads)[0].sum(0)
-    np.testing.assert_allclose(before / plain, 1 - STRENGTHS, rtol=1e-4)
-    np.testing.assert_allclose(after / plain, 1 - STRENGTHS, rtol=1e-6)
+    trace = optax.trace(0.9)
+    links = (
+        ("plain", (trace,)),
+        ("before", (modifier, trace)),
+        ("after", (trace, modifier)),
+    )
+    found = jax.tree.map(np.asarray, moved(links, drawn(50, mean=0.0)))
+    np.testing.assert_allclose(found["before"] / found["plain"], KEEP, rtol=1e-4)
+    np.testing.assert_allclose(found["after"] / found["plain"], KEEP, rtol=1e-6)
 
 
 def test_lion_cancels_a_modifier_and_only_post_attenuates():
-    grads = normal(0, 50, 8)
-    keep = jnp.asarray(1 - STRENGTHS, jnp.float32)
-    modifier = optax.stateless(lambda g, _: g * keep)
-    plain = run(optax.scale_by_lion(), grads)[0]
-    before = run(optax_cl.chain(modifier, optax.scale_by_lion()), grads)[0]
-    after = run(optax_cl.chain(optax.scale_by_lion(), modifier), grads)[0]
+    grads, lion = drawn(50, mean=0.0), optax.scale_by_lion()
+    plain, before, after = jax.jit(
+        lambda g: [
+            run(optax_cl.chain(*links), g)[0]
+            for links in ((lion,), (modifier, lion), (lion, modifier))
+        ]
+    )(grads)
     np.testing.assert_array_equal(before, plain)
-    np.testing.assert_allclose(after, np.asarray(plain) * np.asarray(keep), rtol=1e-6)
+    np.testing.assert_allclose(after, np.asarray(plain) * KEEP, rtol=1e-6)
 
 
 # Safety of the second moment
@@ -216,31 +229,46 @@ def protected_adam(rank, second_moment, strength, kind="adam"):
     )
 
 
+@functools.cache
+def longest_steps(kind):
+    """Of Optax's own optimizer, and of protected ones by their second moment."""
+
+    def longest(tx, grads, state=None):
+        return jnp.abs(run(tx, grads, state=state)[0]).max()
+
+    @jax.jit
+    def all_three(grads, basis):
+        found = {"plain": longest(PAIRS[kind][1](), grads)}
+        for second_moment in ("raw", "max"):
+            tx = protected_adam(4, second_moment, 0.5, kind)
+            state = install(tx.init(grads[0]), basis=basis)
+            found[second_moment] = longest(tx, grads, state)
+        return found
+
+    return all_three
+
+
+def first_coordinate_times(factor, seed):
+    grads = np.array(normal(seed, 100, 16, 1))
+    grads[:, 0] *= factor
+    return grads
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", PAIRS)
 def test_dead_coordinate_is_bounded_by_max_and_unbounded_by_raw(kind, seed):
-    grads = normal(seed, 100, 16, 1).at[:, 0].set(0.0)
-
-    def largest(second_moment):
-        tx = protected_adam(4, second_moment, 0.5, kind)
-        state = install(tx.init(grads[0]), basis=orthonormal(seed, 16, 4))
-        return float(jnp.max(jnp.abs(run(tx, grads, state=state)[0])))
-
+    grads = first_coordinate_times(0.0, seed)
+    longest = longest_steps(kind)(grads, orthonormal(seed, 16, 4))
     # The look-ahead of NAdam lengthens plain steps, too.
-    plain = float(jnp.max(jnp.abs(run(PAIRS[kind][1](), grads)[0])))
-    assert plain < (2.0 if kind == "nadam" else 1.5)
-    assert largest("raw") > 1e3
-    assert largest("max") < 1.1 * plain
+    assert longest["plain"] < (2.0 if kind == "nadam" else 1.5)
+    assert longest["raw"] > 1e3
+    assert longest["max"] < 1.1 * longest["plain"]
 
 
 def test_nearly_dead_coordinate_shows_the_same():
-    grads = normal(0, 100, 16, 1).at[:, 0].multiply(1e-3)
-    steps = {}
-    for second in ("max", "raw"):
-        tx = protected_adam(4, second, 0.5)
-        state = install(tx.init(grads[0]), basis=orthonormal(0, 16, 4))
-        steps[second] = float(jnp.max(jnp.abs(run(tx, grads, state=state)[0])))
-    assert steps["raw"] > 10 > 1.5 > steps["max"]
+    grads = first_coordinate_times(1e-3, seed=0)
+    longest = longest_steps("adam")(grads, orthonormal(0, 16, 4))
+    assert longest["raw"] > 10 > 1.5 > longest["max"]
 
 
 @pytest.mark.parametrize(
@@ -252,14 +280,12 @@ def test_price_of_max_for_an_additive_penalty(second_moment, step):
     tx = optax_cl.chain(
         penalty, optax_cl.scale_by_decoupled_adam(second_moment=second_moment)
     )
-    updates, _ = run(tx, jnp.full((50, 1), 1e-2))
+    updates, _ = run(tx, np.full((50, 1), 1e-2, np.float32))
     np.testing.assert_allclose(updates, step, rtol=2e-5)
 
 
 def test_max_equals_raw_where_a_modifier_only_attenuates():
-    grads = normal(0, 30, 8)
-    keep = jnp.asarray(1 - STRENGTHS, jnp.float32)
-    modifier = optax.stateless(lambda g, _: g * keep)
+    grads = drawn(30, mean=0.0)
     results = [
         run(
             optax_cl.chain(modifier, optax_cl.scale_by_decoupled_adam(second_moment=m)),
@@ -293,13 +319,13 @@ def test_nothing_to_protect_is_plain_adam(case, post):
 
 
 def test_state_has_the_leaves_of_optax_and_keeps_shapes_and_dtypes():
-    params = {"w": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros(3)}
+    params = {"w": np.zeros((2, 3), jnp.bfloat16), "b": np.zeros(3, np.float32)}
     tx = optax_cl.scale_by_decoupled_adam(mu_dtype=jnp.float32)
     state = tx.init(params)
     theirs = optax.scale_by_adam(mu_dtype=jnp.float32).init(params)
     assert_bits(jax.tree.leaves(state), jax.tree.leaves(theirs))
-    _, after = tx.update(params, state, raw_updates=params)
-    assert_bits(jax.tree.map(jnp.zeros_like, after), state)
+    _, after = jax.jit(tx.update)(params, state, raw_updates=params)
+    assert_bits(jax.tree.map(np.zeros_like, after), state)
 
 
 @pytest.mark.parametrize(
@@ -348,18 +374,16 @@ def test_a_decay_that_bfloat16_rounds_to_one_is_refused():
         optax_cl.decoupled_adamw, hyperparam_dtype=jnp.float32
     )
     tx = wide(0.1)
-    updates, _ = tx.update(params, tx.init(params), params)
-    np.testing.assert_allclose(updates.astype(jnp.float32), -0.1, rtol=1e-2)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    np.testing.assert_allclose(np.float32(updates), -0.1, rtol=1e-2)
 
 
 def test_hyper_parameters_can_be_traced():
     grads = normal(0, 5, 4)
 
     def final(b2):
-        return run(optax_cl.chain(optax_cl.scale_by_decoupled_adam(b2=b2)), grads)[0][
-            -1
-        ]
+        return run(optax_cl.chain(optax_cl.scale_by_decoupled_adam(b2=b2)), grads)[0]
 
-    batched = jax.vmap(final)(jnp.array([0.9, 0.99]))
-    np.testing.assert_allclose(batched[0], final(0.9), rtol=1e-6)
-    np.testing.assert_allclose(batched[1], final(0.99), rtol=1e-6)
+    batched = jax.jit(jax.vmap(final))(np.float32([0.9, 0.99]))
+    for found, b2 in zip(np.asarray(batched), (0.9, 0.99), strict=True):
+        np.testing.assert_allclose(found[-1], np.asarray(final(b2))[-1], rtol=1e-6)
