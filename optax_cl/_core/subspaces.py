@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, decompositions, linalg, statistics, tasks, trees
+from optax_cl._core import (
+    checks,
+    decompositions,
+    growth,
+    layer_inputs,
+    linalg,
+    statistics,
+    tasks,
+    trees,
+)
 from optax_cl._core.matrices import MatrixView, ViewRule, to_matrix
 
 OVERSAMPLE = 8  # extra columns of the randomized sketch
@@ -117,17 +126,20 @@ def sketch_matrix(basis: chex.Array) -> chex.Array:
 
 
 @functools.cache
-def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pass:
-    """The pass that finds the merged basis of a task's batch gradients.
+def basis_pass(
+    views: ViewRule, statistic: str, memory: str, svd: str, labels: str
+) -> tasks.Pass:
+    """The pass that finds the basis of a task's batch gradients, or of layer inputs.
 
     Each batch enters with the gradient of its *summed* loss, so that a ragged last
     batch weighs as its items do; its mean over few items would be mostly noise, and
-    count as much as a full batch. A leaf whose gradients are all zero, or not finite,
-    keeps its basis.
+    count as much as a full batch. Each input enters by itself. A leaf whose columns are
+    all zero, or not finite, keeps its basis.
 
     Its result is ``{"basis": U, "energy": e}`` for a state that has ``basis``,
     ``energy`` and ``threshold``; see ``protect``.
     """
+    columns = _inputs if statistic == "inputs" else _gradients
 
     def init(state, params):
         basis = trees.align_structure("basis", state.basis, params)
@@ -143,13 +155,9 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
         return jax.tree.map(one, basis)
 
     def step(acc, data):
-        gradient, items = batch_gradient(data, labels)
-        basis = trees.align_structure("basis", data.state.basis, gradient)
-
-        def one(path, g, u, a):
+        def one(u, matrix, a):
             if trees.is_masked(u):
                 return u
-            matrix = items * _as_matrix(views, path, g, u).astype(u.dtype)
             if svd == "exact":
                 product = linalg.gram(matrix)
             else:
@@ -162,24 +170,21 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
                 "trace": a["trace"] + jnp.sum(matrix**2, axis=(-2, -1)),
             }
 
-        return jax.tree_util.tree_map_with_path(one, gradient, basis, acc)
+        basis = trees.align_structure("basis", data.state.basis, data.params)
+        found = columns(views, basis, data, labels)
+        return jax.tree.map(one, basis, found, acc, is_leaf=trees.is_masked)
 
     def finish(acc, state, earlier):
         del earlier
 
         def one(u, e, a):
-            if memory == "last":
-                u, e = jnp.zeros_like(u), jnp.zeros_like(e)
             usable = (a["trace"] > 0) & jnp.isfinite(a["trace"])
             trace = jnp.where(usable, a["trace"], 1.0)[..., None, None]
             normalised = jnp.where(usable[..., None, None], a["sum"] / trace, 0.0)
-            if svd == "exact":
-                basis, energy = linalg.merge_gram(u, e, normalised)
+            if memory == "grow":
+                basis, energy = _grown(u, e, normalised, state.threshold)
             else:
-                factor = linalg.nystrom_factor(normalised, sketch_matrix(u))
-                basis, energy = linalg.merge_factor(u, e, factor)
-            total = jnp.sum(e, axis=-1) + 1.0
-            basis, energy = linalg.keep_energy(basis, energy, total, state.threshold)
+                basis, energy = _merged(u, e, normalised, state.threshold)
             usable &= jnp.all(jnp.isfinite(basis), axis=(-2, -1))
             return {
                 "basis": jnp.where(usable[..., None, None], basis, u),
@@ -195,7 +200,54 @@ def basis_pass(views: ViewRule, memory: str, svd: str, labels: str) -> tasks.Pas
         )
         return {"basis": split("basis"), "energy": split("energy")}
 
+    def _merged(u, e, normalised, threshold):
+        if memory == "last":
+            u, e = jnp.zeros_like(u), jnp.zeros_like(e)
+        if svd == "exact":
+            basis, energy = linalg.merge_gram(u, e, normalised)
+        else:
+            factor = linalg.nystrom_factor(normalised, sketch_matrix(u))
+            basis, energy = linalg.merge_factor(u, e, factor)
+        total = jnp.sum(e, axis=-1) + 1.0
+        return linalg.keep_energy(basis, energy, total, threshold)
+
     return tasks.Pass("basis", init, step, finish)
+
+
+def _grown(u, e, normalised, threshold):
+    """Old columns, those that the threshold asks for beside them, and all energies."""
+    count = jnp.sum(jnp.any(u != 0, axis=-2), axis=-1, dtype=jnp.int32)
+    basis, _ = growth.grow_memory(u, count, growth.factor(normalised), threshold)
+    return basis, e + jnp.sum(basis * linalg.lift(normalised, basis), axis=-2)
+
+
+def _gradients(views, basis, data, labels):
+    """The gradient of a batch's summed loss at every protected leaf, as a matrix."""
+    gradient, items = batch_gradient(data, labels)
+
+    def one(path, g, u):
+        if trees.is_masked(u):
+            return u
+        return items * _as_matrix(views, path, g, u).astype(u.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, gradient, basis)
+
+
+def _inputs(views, basis, data, labels):
+    """The inputs of every protected kernel, ``[*batch, in, n]``."""
+    del labels
+    function = tasks.require(data.task, "layer_inputs", "a basis of layer inputs")
+    inputs = layer_inputs.by_path(function(data.params, data.batch))
+
+    def one(path, p, u):
+        if trees.is_masked(u):
+            return u
+        shape = _as_matrix(views, path, p, u).shape
+        name = checks.path_str(path)
+        rows, _ = layer_inputs.weighted_rows(inputs, name, data.weights, shape)
+        return rows.mT.astype(u.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, data.params, basis)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ The base parameters are not trained; adapters are a dictionary beside them, and 
 optimizer sees the adapters only.
 """
 
+from optax_cl._core.growth import grow_memory as grow_memory
 from optax_cl.lora._absorb import Start as Start
 from optax_cl.lora._absorb import absorb as absorb
 from optax_cl.lora._adapters import Adapter as Adapter
@@ -33,7 +34,6 @@ from optax_cl.lora._inputs import input_covariances as input_covariances
 from optax_cl.lora._lora_ga import lora_ga_init as lora_ga_init
 from optax_cl.lora._loram import loram_init as loram_init
 from optax_cl.lora._memory import GradientMemory as GradientMemory
-from optax_cl.lora._memory import grow_memory as grow_memory
 from optax_cl.lora._memory import memory as memory
 from optax_cl.lora._olora import OloraState as OloraState
 from optax_cl.lora._olora import olora as olora

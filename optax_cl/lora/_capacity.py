@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cl._core import checks
+from optax_cl._core import checks, growth
 from optax_cl.lora import _memory
 from optax_cl.lora._targets import Targets
 from optax_cl.lora._targets import check_targets as check_targets
@@ -97,7 +97,7 @@ def consolidate(
         for path, basis, count in _entries(memory):
             _check_fits(path, basis, count, matrices[path], threshold)
     grown = [
-        _memory.grow_memory(basis, count, matrices[path], threshold)
+        growth.grow_memory(basis, count, matrices[path], threshold)
         for path, basis, count in _entries(memory)
     ]
     structure = jax.tree.structure(memory.basis)
@@ -117,7 +117,7 @@ def _entries(
 
 
 def _check_fits(path, basis, count, matrix, threshold):
-    missing = _memory.missing_columns(basis, matrix, threshold)
+    missing = growth.missing_columns(basis, matrix, threshold)
     if np.any(np.asarray(count + missing) > basis.shape[-1]):
         raise ValueError(
             f"the memory of `{path}` has {basis.shape[-1]} columns, of which "

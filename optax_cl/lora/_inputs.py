@@ -8,8 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_cl._core import checks, linalg, streaming, tasks
-from optax_cl.lora import _memory
+from optax_cl._core import growth, linalg, streaming, tasks
+from optax_cl._core.layer_inputs import by_path, weighted_rows
 from optax_cl.lora._targets import Targets
 
 LayerInputs = Callable[[Any, Any], chex.ArrayTree]
@@ -82,7 +82,7 @@ def input_pass(targets: Targets) -> tasks.Pass:
     def finish(acc, state, earlier):
         del state, earlier
         return {
-            path: _memory.factor(acc["sum"][path] / acc["items"][path])
+            path: growth.factor(acc["sum"][path] / acc["items"][path])
             for path in targets
         }
 
@@ -104,30 +104,11 @@ def _zeros(targets):
 
 
 def _add(targets, acc, tree, weights):
-    found = {
-        checks.path_str(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    inputs = by_path(tree)
     sums, items = {}, {}
     for path, target in targets.items():
-        *batch, fan_in, _ = target.matrix_shape
-        if path not in found:
-            raise ValueError(
-                f"`layer_inputs` gives no inputs of `{path}`, which is targeted; it "
-                f"gives {sorted(found)}."
-            )
-        x = found[path].astype(jnp.float32)
-        lead = (*batch, len(weights))
-        if x.shape[: len(lead)] != lead or x.shape[-1:] != (fan_in,):
-            raise ValueError(
-                f"`layer_inputs` must give inputs [*batch, B, ..., in]; at `{path}` "
-                f"expected {lead} in front and {fan_in} last, got shape {x.shape}."
-            )
-        rows = x.reshape(*lead, -1, fan_in)
-        by_row = jnp.expand_dims(weights, (*range(len(batch)), -2, -1))
-        weighted = by_row * rows
-        sums[path] = acc["sum"][path] + jnp.einsum(
-            "...bni,...bnj->...ij", weighted, rows, precision=linalg.PRECISION
-        )
-        items[path] = acc["items"][path] + weights.sum() * rows.shape[-2]
+        shape = target.matrix_shape
+        rows, count = weighted_rows(inputs, path, weights, shape)
+        sums[path] = acc["sum"][path] + linalg.gram(rows.mT)
+        items[path] = acc["items"][path] + count
     return {"sum": sums, "items": items}

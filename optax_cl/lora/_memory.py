@@ -14,15 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import (
-    checks,
-    decompositions,
-    linalg,
-    orthonormal,
-    statistics,
-    tasks,
-)
-from optax_cl._core.orthonormal import off_memory
+from optax_cl._core import checks, growth, linalg, statistics, tasks
 from optax_cl.lora._targets import Targets, kernels, replace_kernels
 
 STATISTICS = ("mean", "batches")
@@ -113,7 +105,7 @@ def memory_pass(targets: Targets, statistic: str = "mean") -> tasks.Pass:
         del state, earlier
         if statistic == "mean":
             return {path: g / acc["examples"] for path, g in acc["sum"].items()}
-        return {path: factor(gram) for path, gram in acc["sum"].items()}
+        return {path: growth.factor(gram) for path, gram in acc["sum"].items()}
 
     return tasks.Pass(f"kernel_gradients/{statistic}", init, step, finish)
 
@@ -136,81 +128,3 @@ def kernel_gradients(targets: Targets, data: tasks.PassInput) -> dict[str, chex.
 
     gradients = jax.grad(summed)(kernels(targets, data.frozen))
     return {path: g.astype(jnp.float32) for path, g in gradients.items()}
-
-
-@jax.jit
-def grow_memory(
-    memory: chex.Array,
-    count: chex.Array,
-    gradient: chex.Array,
-    threshold: chex.Numeric,
-) -> tuple[chex.Array, chex.Array]:
-    r"""Adds the directions of a gradient that the memory is missing (the GPM rule).
-
-    With :math:`R = (I - M M^\top) G` and its singular values :math:`\sigma_i`, the
-    leading left singular vectors of R are added, as few as reach
-
-    .. math:: \|M M^\top G\|^2 + \sum_{i \le k} \sigma_i^2 \ge \epsilon\, \|G\|^2 .
-
-    If they are more than fit, the strongest are kept. A gradient that is zero or not
-    finite adds nothing.
-
-    Args:
-      memory: M, ``[*batch, in, p]``, columns orthonormal, or zero beyond ``count``.
-      count: Columns in use, int32 ``[*batch]``.
-      gradient: G, ``[*batch, in, out]``; only :math:`G G^\top` matters.
-      threshold: Epsilon, the share of energy to reach, in (0, 1].
-
-    Returns:
-      The new memory and count, of the same shapes. One SVD of ``[in, out]``.
-
-    References:
-      Saha et al, `Gradient Projection Memory <https://arxiv.org/abs/2103.09762>`_, 2021
-    """
-    directions, wanted = _missing(memory, gradient, threshold)
-    taken = jnp.minimum(wanted, memory.shape[-1] - count)
-    # Column j of the memory takes direction j - count, if that is one to be taken.
-    shape = (*count.shape, memory.shape[-1])
-    column = jax.lax.broadcasted_iota(jnp.int32, shape, count.ndim)
-    source = column - jnp.expand_dims(count, -1)
-    fresh = (source >= 0) & (source < jnp.expand_dims(taken, -1))
-    index = jnp.clip(source, 0, directions.shape[-1] - 1)
-    picked = jnp.take_along_axis(directions, index[..., None, :], axis=-1)
-    return jnp.where(fresh[..., None, :], picked, memory), count + taken
-
-
-@jax.jit
-def missing_columns(
-    memory: chex.Array, gradient: chex.Array, threshold: chex.Numeric
-) -> chex.Array:
-    """How many columns ``grow_memory`` would add with room for all, ``[*batch]``."""
-    return _missing(memory, gradient, threshold)[1]
-
-
-def _missing(memory, gradient, threshold):
-    gradient = gradient.astype(memory.dtype)
-    finite = jnp.all(jnp.isfinite(gradient), axis=(-2, -1), keepdims=True)
-    gradient = jnp.where(finite, gradient, 0)
-    # Only its direction matters, and squares of a small gradient would underflow.
-    gradient = orthonormal.unit_scale(gradient)
-    total = jnp.sum(gradient**2, axis=(-2, -1))[..., None]
-    covered = jnp.sum(linalg.coefficients(memory, gradient) ** 2, axis=(-2, -1))
-    # Twice, since one projection leaves rounding of the size of G, not of R.
-    rest = off_memory(off_memory(gradient, memory), memory)
-    vectors, singular, _ = decompositions.svd(rest)
-    energy = singular**2
-    before = covered[..., None] + linalg.energy_before(energy)
-    noise = jnp.sqrt(total) * gradient.shape[-2] * jnp.finfo(energy.dtype).eps
-    keep = (before < threshold * total) & (singular > noise)
-    # Weak directions carry the most of what rounding left in the memory.
-    directions = off_memory(vectors, memory) * keep[..., None, :]
-    return directions, jnp.sum(keep, axis=-1, dtype=jnp.int32)
-
-
-def factor(gram: chex.Array) -> chex.Array:
-    """F with ``F F^T = gram``, ``[*batch, in, in]``; zero where that is rounding."""
-    values, vectors = decompositions.eigh(gram)
-    # Below this an eigenvalue is rounding of the sum, and its root would not be small.
-    noise = 4 * jnp.sqrt(float(gram.shape[-1])) * jnp.finfo(gram.dtype).eps
-    keep = values > noise * values[..., -1:]
-    return vectors * jnp.sqrt(jnp.where(keep, values, 0.0))[..., None, :]

@@ -37,6 +37,7 @@ class ProtectSettings:
 
     rank: int
     views: ViewRule
+    statistic: str
     memory: str
     svd: str
     labels: str
@@ -46,6 +47,7 @@ def protect(
     rank: int,
     *links: optax.GradientTransformation,
     matrices: ViewRule | None = None,
+    statistic: str = "gradients",
     threshold: jax.typing.ArrayLike = 1.0,
     memory: str = "all",
     svd: str = "exact",
@@ -62,7 +64,12 @@ def protect(
        U_{k-1}^T + \frac{\sum_b G_b G_b^T}{\mathrm{tr} \sum_b G_b G_b^T} \right)
 
     with one term for each batch b that ``collect`` reads, :math:`G_b` the gradient of
-    its summed loss. Where that is zero or not finite, U stays; where parameters are not
+    its summed loss. With ``statistic="inputs"`` the columns of G are instead the inputs
+    x that the kernel multiplied: an update off their span leaves the layer's output for
+    them, :math:`x^T W`, as it was. With ``memory="grow"`` no column is ever given up:
+    of :math:`(I - U U^T) G` the leading left singular vectors are added, as few as make
+    U hold a share ``threshold`` of the task's energy (the rule of GPM), or as many as
+    fit. Where G is zero or not finite, U stays; where parameters are not
     finite, all that is stored of their leaf. The wrapper captures the raw gradient (it
     is a ``capture_raw``) and binds the extra argument ``basis``; the links are applied
     in order, as in ``optax.chain``:
@@ -84,6 +91,11 @@ def protect(
     moments read the attenuated gradient, and on an axis-aligned direction its division
     cancels the attenuation. Use ``scale_by_decoupled_adam``.
 
+    **Known methods.** With ``statistic="inputs"`` and ``project()``: GPM is
+    ``memory="grow"`` and ``project()`` before plain SGD, and Adam-NSCL ``project()``
+    after Adam's moments, with the kept null space told by ``threshold``. After the
+    moments the guarantee holds for any optimizer.
+
     **Cost.** State, per matrix: r (in + 1), with an anchor r out more, with curvature
     and averages 2 r out more; a step adds about 6 r in out FLOPs. The boundary: one
     backward pass a batch, twice if curvature is needed, and one eigendecomposition of
@@ -95,9 +107,12 @@ def protect(
       *links: Gradient transformations that may read ``basis`` and ``raw_updates``.
       matrices: ``matrix_views(...)``: which leaves are matrices and which side is the
         fan-in. None is ``matrix_views()``, which refuses embeddings.
+      statistic: What spans the subspace: ``"gradients"`` of batches, or the layers'
+        ``"inputs"``, from ``Task.layer_inputs``.
       threshold: Share of the energy in (0, 1] that a basis must hold; columns beyond
-        are zero (the rank rule). 1 fills all r columns.
-      memory: ``"all"`` accumulates over tasks; ``"last"`` keeps the last task only.
+        are zero (the rank rule). 1 fills all r columns, or takes all that there is.
+      memory: ``"all"`` merges tasks into the r strongest columns; ``"last"`` keeps the
+        last task only; ``"grow"`` keeps every column and adds what a task misses.
       svd: ``"exact"`` or ``"randomized"``, for the task's Gram matrix.
       labels: ``"sampled"`` from the model, or ``"empirical"``: gradients of
         ``task.loss``. Empirical curvature has not Hessian units.
@@ -138,7 +153,7 @@ def protect(
       `arXiv:2604.22407v1 <https://arxiv.org/abs/2604.22407v1>`_, since reported
       withdrawn (bases of boundary gradients)
 
-    **Differs from the paper.** (1) Bases accumulate over all finished tasks instead of
+    **Differs from the papers.** (1) Bases accumulate over all finished tasks instead of
     being overwritten. (2) Gram matrices are normalised by their trace, so that every
     task has equal say. (3) Plain ``U U^T``; singular-value weights are an option of
     ``attenuate``. (4) Labels are sampled from the model.
@@ -146,13 +161,20 @@ def protect(
     checks.check_positive_int("rank", rank)
     checks.check_number("threshold", threshold, low=0.0, high=1.0, open_low=True)
     checks.check_number("mean_decay", mean_decay, low=0.0, high=1.0, open_high=True)
-    checks.check_choice("memory", memory, ("all", "last"))
+    checks.check_choice("statistic", statistic, ("gradients", "inputs"))
+    checks.check_choice("memory", memory, ("all", "last", "grow"))
     checks.check_choice("svd", svd, ("exact", "randomized"))
+    if memory == "grow" and svd == "randomized":
+        raise ValueError(
+            "`memory='grow'` adds columns until they hold a share of the energy, and "
+            "`svd='randomized'` doesn't see all of it. Use `svd='exact'`."
+        )
     checks.check_choice("labels", labels, ("sampled", "empirical"))
     _capture.check_links(links)
     settings = ProtectSettings(
         rank=rank,
         views=matrix_views() if matrices is None else matrices,
+        statistic=statistic,
         memory=memory,
         svd=svd,
         labels=labels,
@@ -300,7 +322,11 @@ def _check_ranks(settings: ProtectSettings, params: chex.ArrayTree) -> None:
 def _passes(state: ProtectState) -> tuple[tasks.Pass, ...]:
     settings = state.settings
     first = subspaces.basis_pass(
-        settings.views, settings.memory, settings.svd, settings.labels
+        settings.views,
+        settings.statistic,
+        settings.memory,
+        settings.svd,
+        settings.labels,
     )
     if state.curvature is None:
         return (first,)

@@ -85,8 +85,8 @@ def test_padding_does_not_enter_and_items_are_counted(items, labels):
 def test_passes_are_the_same_object_for_the_same_settings():
     # Compilation is keyed by them.
     again = optax_cl.matrix_views(skip="free")
-    a = subspaces.basis_pass(VIEWS, "all", "exact", "sampled")
-    assert a is subspaces.basis_pass(again, "all", "exact", "sampled")
+    a = subspaces.basis_pass(VIEWS, "gradients", "all", "exact", "sampled")
+    assert a is subspaces.basis_pass(again, "gradients", "all", "exact", "sampled")
     assert subspaces.curvature_pass(VIEWS, "sampled") is subspaces.curvature_pass(
         again, "sampled"
     )

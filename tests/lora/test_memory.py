@@ -6,8 +6,7 @@ import pytest
 
 import optax_cl
 from optax_cl import lora
-from optax_cl._core import linalg
-from optax_cl.lora import _memory
+from optax_cl._core import growth, linalg
 
 
 def gpm_rule(memory, gradient, threshold):
@@ -126,7 +125,7 @@ def test_a_full_memory_keeps_the_strongest_directions():
     memory, count = lora.grow_memory(*empty(4, 2), gradient, 1.0)
     assert int(count) == 2
     np.testing.assert_allclose(projector(memory), np.diag([1.0, 1, 0, 0]), atol=1e-6)
-    assert int(_memory.missing_columns(*empty(4, 2)[:1], gradient, 1.0)) == 4
+    assert int(growth.missing_columns(*empty(4, 2)[:1], gradient, 1.0)) == 4
 
 
 def test_stacked_layers_grow_as_each_by_itself():
@@ -207,7 +206,7 @@ def test_rounding_of_a_sum_of_grams_is_no_direction_of_the_memory():
     gram = jnp.zeros((8, 20, 20))
     for gradient in gradients:
         gram += linalg.gram(gradient)
-    memory, count = lora.grow_memory(*empty(8, 20, 5), _memory.factor(gram), 1.0)
+    memory, count = lora.grow_memory(*empty(8, 20, 5), growth.factor(gram), 1.0)
     np.testing.assert_array_equal(count, 2)
     kept = np.einsum("kij,kjn->kin", projector(memory), spans)
     np.testing.assert_allclose(kept, spans, atol=1e-5)

@@ -1,0 +1,241 @@
+"""Subspaces of layer inputs, and bases that grow by what a task misses."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_cl
+from tests.arrays import distance, normal, orthonormal
+from tests.routing.helpers import (
+    IN,
+    KEY,
+    OUT,
+    boundary,
+    logits,
+    make_batches,
+    make_params,
+    projector,
+    protected,
+)
+
+TASK = optax_cl.classification(logits, lambda batch: batch["y"])._replace(
+    layer_inputs=lambda params, batch: {"w": batch["x"], "b": None}
+)
+# Labels, outputs and losses have no say.
+UNLABELLED = optax_cl.Task(layer_inputs=TASK.layer_inputs)
+
+
+def stacked_inputs(batches):
+    """R, ``[in, n]`` in float64."""
+    return np.concatenate([np.float64(b["x"]) for b in batches]).T
+
+
+@pytest.mark.parametrize("memory", ["all", "last"])
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_basis_of_inputs_against_float64_eigenvectors_over_three_tasks(memory, svd):
+    tx = protected(statistic="inputs", memory=memory, svd=svd)
+    state = tx.init(make_params())
+    u, e = np.zeros((IN, 2)), np.zeros(2)
+    for task in range(3):
+        batches = make_batches(20 + task, (5, 5, 2), scale=[3, 2, 1, 1, 0.3, 0.1])
+        state = boundary(state, make_params(), batches, task=UNLABELLED)
+        r = stacked_inputs(batches)
+        total = r @ r.T / np.sum(r**2)
+        if memory == "all":
+            total += (u * e) @ u.T
+        values, vectors = np.linalg.eigh(total)
+        u, e = vectors[:, ::-1][:, :2], values[::-1][:2]
+        np.testing.assert_allclose(projector(state.basis["w"]), projector(u), atol=1e-4)
+        np.testing.assert_allclose(state.energy["w"], e, rtol=1e-4)
+
+
+def gpm(m, r, threshold):
+    """The published rule, on the representation matrix itself."""
+    total = np.sum(r**2)
+    rest = r - m @ (m.T @ r)
+    vectors, singular, _ = np.linalg.svd(rest)
+    k, held = 0, total - np.sum(rest**2)
+    while held < threshold * total:
+        held += singular[k] ** 2
+        k += 1
+    return np.concatenate([m, vectors[:, :k]], axis=1)
+
+
+@pytest.mark.parametrize("statistic", ["inputs", "gradients"])
+def test_a_growing_basis_follows_the_published_rule_over_three_tasks(statistic):
+    # Of gradients, R is those of the batches side by side.
+    settings = {"labels": "empirical"} if statistic == "gradients" else {}
+    tx = protected(IN, statistic=statistic, memory="grow", threshold=0.9, **settings)
+    state, m, sizes = tx.init(make_params()), np.zeros((IN, 0)), []
+    for task in range(3):
+        scale = np.roll([3, 1, 0.1, 0.05, 0.02, 0.01], 2 * task)
+        params, batches = make_params(task), make_batches(30 + task, (8, 4), scale)
+        state = boundary(state, params, batches, task=TASK)
+        if statistic == "inputs":
+            r = stacked_inputs(batches)
+        else:
+            r = np.concatenate([gradient(params, b) for b in batches], axis=1)
+        m = gpm(m, r, 0.9)
+        used = np.any(np.asarray(state.basis["w"]) != 0, axis=0)
+        assert used.sum() == m.shape[1] and used[: m.shape[1]].all()
+        np.testing.assert_allclose(projector(state.basis["w"]), projector(m), atol=1e-4)
+        sizes.append(m.shape[1])
+    assert 0 < sizes[0] < sizes[1] < sizes[2] <= IN
+    basis = np.asarray(state.basis["w"])[:, : sizes[2]]
+    np.testing.assert_allclose(basis.T @ basis, np.eye(sizes[2]), atol=1e-5)
+
+
+def gradient(params, batch):
+    x, w = (np.float64(a) for a in (batch["x"], params["w"]))
+    z = np.exp(x @ w + np.float64(params["b"]))
+    p = z / z.sum(axis=1, keepdims=True)
+    return x.T @ (p - np.eye(OUT)[np.asarray(batch["y"])])
+
+
+def test_energies_of_a_growing_basis_add_up_each_tasks_share_along_a_column():
+    tx = protected(4, statistic="inputs", memory="grow")
+    state, expected = tx.init(make_params()), np.zeros(4)
+    for task in range(3):
+        batches = make_batches(task, (5, 5), scale=[1, 1, 1, 1, 0, 0])
+        state = boundary(state, make_params(), batches, task=UNLABELLED)
+        r, u = stacked_inputs(batches), np.float64(state.basis["w"])
+        expected += np.sum((u.T @ r) ** 2, axis=1) / np.sum(r**2)
+    np.testing.assert_allclose(state.energy["w"], expected, rtol=1e-4)
+
+
+def test_a_full_basis_gives_up_no_column_when_it_grows_but_one_when_tasks_merge():
+    weak, strong = ([1, 0.5, 0, 0, 0, 0], [0, 0, 5, 5, 5, 0])
+    for memory, kept in (("grow", True), ("all", False)):
+        state = protected(3, statistic="inputs", memory=memory).init(make_params())
+        for task, scale in enumerate((weak, strong)):
+            batches = make_batches(task, (6, 6), scale)
+            state = boundary(state, make_params(), batches, task=UNLABELLED)
+        held = np.diag(projector(state.basis["w"]))
+        assert (held[:2] > 1 - 1e-4).all() == kept
+        np.testing.assert_allclose(held.sum(), 3, rtol=1e-4)
+
+
+# A network without biases: two layers, whose inputs are the batch and the hidden units.
+
+
+def hidden(params, x):
+    return jnp.tanh(x @ params["first"])
+
+
+def network(params, batch):
+    return hidden(params, batch["x"]) @ params["second"]
+
+
+NETWORK = optax_cl.classification(network, lambda batch: batch["y"])._replace(
+    layer_inputs=lambda params, batch: {
+        "first": batch["x"],
+        "second": hidden(params, batch["x"]),
+    }
+)
+BEHIND = (optax_cl.scale_by_decoupled_adam(), optax_cl.project())
+BEFORE = (optax_cl.project(), optax_cl.scale_by_decoupled_adam(second_moment="raw"))
+
+
+def learn_a_second_task(links, settings):
+    """The network before and after a second task, and the first one's data."""
+    params = {"first": normal(0, 12, 10) / 3, "second": normal(1, 10, 4) / 3}
+    old, new = ({"x": normal(s, 7, 12), "y": np.arange(7) % 4} for s in (2, 3))
+    tx = optax.chain(
+        optax_cl.protect(10, *links, **settings), optax.scale_by_learning_rate(0.05)
+    )
+    state = tx.init(params)
+    stats = optax_cl.collect(state, params, [old], task=NETWORK, key=KEY)
+    state = optax_cl.end_task(state, params, stats)
+
+    @jax.jit
+    def train(params, state):
+        def step(_, carry):
+            params, state = carry
+            grads = jax.grad(lambda p: NETWORK.loss(p, new).mean())(params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 50, step, (params, state))[0]
+
+    return params, train(params, state), old, new
+
+
+def test_behind_the_moments_outputs_of_stored_inputs_stay_through_all_layers():
+    settings = {"statistic": "inputs", "memory": "grow"}
+    params, trained, old, new = learn_a_second_task(BEHIND, settings)
+    # The basis comes from sums of squares, so that its rounding is a root of eps.
+    assert distance(network(params, old), network(trained, old)) < 1e-4
+    losses = [float(NETWORK.loss(p, new).mean()) for p in (params, trained)]
+    assert losses[1] < losses[0] / 2  # and it learnt
+
+
+@pytest.mark.parametrize(
+    ("links", "settings"),
+    [
+        (BEFORE, {"statistic": "inputs", "memory": "grow"}),
+        (BEHIND, {"statistic": "gradients", "memory": "grow"}),
+    ],
+    ids=["before the moments", "of gradients"],
+)
+def test_no_other_subspace_or_place_keeps_them(links, settings):
+    params, trained, old, _ = learn_a_second_task(links, settings)
+    assert distance(network(params, old), network(trained, old)) > 0.05
+
+
+def test_stacked_layers_have_their_bases_each_of_its_own_inputs():
+    views = optax_cl.matrix_views(stacked="w")
+    tx = optax_cl.protect(
+        2, optax_cl.project(), statistic="inputs", memory="grow", matrices=views
+    )
+    task = optax_cl.Task(layer_inputs=lambda params, batch: {"w": batch.swapaxes(0, 1)})
+    params = {"w": jnp.zeros((3, 6, 4))}
+    directions = orthonormal(0, 3, 6, 2)
+    x = jnp.einsum("lir,nr->nli", directions, normal(1, 5, 2))  # [n, layers, in]
+    state = boundary(tx.init(params), params, [x], task=task)
+    expected = projector(directions)
+    np.testing.assert_allclose(projector(state.basis["w"]), expected, atol=1e-5)
+
+
+def test_a_task_without_usable_inputs_leaves_a_growing_basis_alone():
+    tx = protected(2, statistic="inputs", memory="grow")
+    params, batches = make_params(), make_batches(0)
+    state = boundary(tx.init(params), params, batches, task=UNLABELLED)
+    for value in (0.0, np.nan, np.inf):
+        bad = [{"x": jnp.full((4, IN), value), "y": np.zeros(4, int)}]
+        with contextlib.ExitStack() as stack:
+            if value != 0:
+                stack.enter_context(pytest.warns(UserWarning, match="not finite"))
+            after = boundary(state, params, bad, task=UNLABELLED)
+        assert distance(after.basis, state.basis) == 0
+        assert distance(after.energy, state.energy) == 0
+
+
+def test_balance_works_in_a_subspace_of_inputs():
+    tx = protected(3, statistic="inputs", rule=optax_cl.balance())
+    params, batches = make_params(), make_batches(0)
+    state = boundary(tx.init(params), params, batches, task=TASK)
+    u, w = state.basis["w"], params["w"]
+    np.testing.assert_allclose(state.anchor["w"], u.T @ w, atol=1e-5)
+    assert np.all(np.asarray(state.curvature["w"]) > 0)
+
+
+def test_wrong_settings_and_inputs_name_what_is_wrong():
+    with pytest.raises(ValueError, match="`statistic`"):
+        optax_cl.protect(2, statistic="outputs")
+    with pytest.raises(ValueError, match=r"`memory='grow'`.*`svd='exact'`"):
+        optax_cl.protect(2, memory="grow", svd="randomized")
+    tx = protected(2, statistic="inputs")
+    state, params = tx.init(make_params()), make_params()
+    with pytest.raises(ValueError, match=r"`task.layer_inputs` is None"):
+        boundary(state, params, make_batches(0), task=optax_cl.Task())
+    for inputs, message in (
+        (lambda p, b: {"b": b["x"]}, r"no inputs of `w`.*\['b'\]"),
+        (lambda p, b: {"w": b["x"][:, :4]}, r"at `w`.*6 last, got shape \(5, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task = optax_cl.Task(layer_inputs=inputs)
+            boundary(state, params, make_batches(0), task=task)
