@@ -59,8 +59,8 @@ def make_batches(seed, sizes=(5, 5, 5), scale=None):
     scale = np.ones(IN) if scale is None else np.asarray(scale)
     return [
         {
-            "x": jnp.asarray(np.float32(rng.normal(size=(n, IN)) * scale)),
-            "y": jnp.asarray(rng.integers(0, OUT, n)),
+            "x": np.float32(rng.normal(size=(n, IN)) * scale),
+            "y": np.int32(rng.integers(0, OUT, n)),
         }
         for n in sizes
     ]

@@ -51,22 +51,22 @@ def test_owner_stores_nothing_for_links_that_another_owner_serves():
 
 
 def test_innermost_owner_wins():
-    g = normal(0, 4, 3)
+    g, eye = np.asarray(normal(0, 4, 3)), np.eye(4, dtype=np.float32)
     inner = optax_cl.protect(1, optax_cl.project())
     tx = optax_cl.protect(2, inner)
     state = tx.init(g)
     state = state._replace(
-        basis=jnp.eye(4)[:, :2],
-        inner=(state.inner[0]._replace(basis=jnp.eye(4)[:, 2:3]),),
+        basis=eye[:, :2],
+        inner=(state.inner[0]._replace(basis=eye[:, 2:3]),),
     )
     updates, _ = tx.update(g, state, g)
-    np.testing.assert_array_equal(updates, g.at[2].set(0.0))
+    np.testing.assert_array_equal(updates, g * [[1], [1], [0], [1]])
 
 
 def two_layers():
     return {
-        "first": {"w": normal(0, IN, 4), "b": jnp.zeros((1, 4))},
-        "second": {"w": normal(1, 4, OUT), "b": jnp.zeros((1, OUT))},
+        "first": {"w": normal(0, IN, 4), "b": np.zeros((1, 4), np.float32)},
+        "second": {"w": normal(1, 4, OUT), "b": np.zeros((1, OUT), np.float32)},
     }
 
 
@@ -120,8 +120,9 @@ def test_masks_outside_and_inside_an_owner(mask, place):
         if o.basis["first"] != optax.MaskedNode()
         and not isinstance(o.basis["first"]["w"], optax.MaskedNode)
     }.values()
+    u = np.asarray(u)
     assert np.linalg.norm(u) > 1
-    assert np.linalg.norm(u.T @ updates["first"]["w"]) < 1e-5
+    assert np.linalg.norm(u.T @ np.asarray(updates["first"]["w"])) < 1e-5
     if place != "partition":
         np.testing.assert_array_equal(updates["second"]["w"], params["second"]["w"])
 
@@ -129,9 +130,9 @@ def test_masks_outside_and_inside_an_owner(mask, place):
 def test_none_leaves_are_left_alone():
     # Equinox keeps None where a module holds no array.
     tx = protected(2, rule=optax_cl.balance())
-    params = {"w": normal(0, IN, OUT), "b": jnp.zeros((1, OUT)), "f": None}
+    params = {**make_params(), "f": None}
     state = boundary(tx.init(params), params, make_batches(0))
-    updates, _ = tx.update(params, state, params)
+    updates, _ = jax.jit(tx.update)(params, state, params)
     assert updates["f"] is None and np.all(np.isfinite(updates["w"]))
 
 
@@ -139,45 +140,45 @@ def test_none_leaves_are_left_alone():
 
 
 def test_stacked_layers_are_as_if_each_had_an_owner():
-    grads = normal(0, 6, 3, IN, OUT)
+    grads = np.asarray(normal(0, 6, 3, IN, OUT))
     links = [optax_cl.attenuate(0.7), optax_cl.scale_by_decoupled_adam()]
-    basis = jnp.stack([orthonormal(i, IN, 2) for i in range(3)])
+    basis = np.stack([orthonormal(i, IN, 2) for i in range(3)])
     tx = optax_cl.protect(2, *links, matrices=matrix_views(stacked=""))
     together, _ = run(tx, grads, state=install(tx.init(grads[0]), basis=basis))
     tx = optax_cl.protect(2, *links)
     for i in range(3):
         state = install(tx.init(grads[0, i]), basis=basis[i])
         alone, _ = run(tx, grads[:, i], state=state)
-        np.testing.assert_allclose(together[:, i], alone, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            np.asarray(together)[:, i], alone, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_stacked_bases_at_a_boundary_are_the_single_ones():
-    x = normal(0, 8, 2, IN)
-    batches = [{"x": x, "y": jnp.zeros(8, jnp.int32)}]
-    params = normal(1, 2, IN, OUT)
+    batches = [{"x": normal(0, 8, 2, IN), "y": np.zeros(8, np.int32)}]
+    params = np.asarray(normal(1, 2, IN, OUT))
 
     def sum_of_layers(w, batch):
         return jnp.einsum("bli,lio->bo", batch["x"], w)
 
-    task = optax_cl.classification(sum_of_layers, lambda b: b["y"])
-    kwargs = {"labels": "empirical"}
-    rule = optax_cl.attenuate(optax_cl.spring())
-    tx = optax_cl.protect(2, rule, matrices=matrix_views(stacked=""), **kwargs)
-    stacked = boundary(tx.init(params), params, batches, task=task)
-    split = {"l0": params[0], "l1": params[1]}
-    task = optax_cl.classification(
-        lambda p, b: sum_of_layers(jnp.stack([p["l0"], p["l1"]]), b), lambda b: b["y"]
-    )
-    single = boundary(
-        optax_cl.protect(2, rule, **kwargs).init(split), split, batches, task=task
+    def after_a_task(params, logits, **views):
+        task = optax_cl.classification(logits, lambda b: b["y"])
+        rule = optax_cl.attenuate(optax_cl.spring())
+        tx = optax_cl.protect(2, rule, labels="empirical", **views)
+        state = jax.jit(lambda p: boundary(tx.init(p), p, batches, task=task))(params)
+        return jax.tree.map(np.asarray, (state.basis, state.curvature))
+
+    stacked = after_a_task(params, sum_of_layers, matrices=matrix_views(stacked=""))
+    single = after_a_task(
+        {"l0": params[0], "l1": params[1]},
+        lambda p, b: sum_of_layers(jnp.stack([p["l0"], p["l1"]]), b),
     )
     for i in range(2):
+        basis, curvature = (tree[f"l{i}"] for tree in single)
         np.testing.assert_allclose(
-            projector(stacked.basis[i]), projector(single.basis[f"l{i}"]), atol=1e-4
+            projector(stacked[0][i]), projector(basis), atol=1e-4
         )
-        np.testing.assert_allclose(
-            stacked.curvature[i], single.curvature[f"l{i}"], rtol=1e-3
-        )
+        np.testing.assert_allclose(stacked[1][i], curvature, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -201,15 +202,16 @@ def test_stacked_bases_at_a_boundary_are_the_single_ones():
     ids=["conv", "out_in", "conv out_in", "multi-axis dense"],
 )
 def test_views_equal_reshaping_by_hand(shape, kwargs, to, back):
-    grads = normal(0, 4, *shape)
+    grads = np.asarray(normal(0, 4, *shape))
     basis = orthonormal(0, to(grads[0]).shape[0], 2)
     links = [optax_cl.attenuate(0.7), optax_cl.scale_by_decoupled_adam()]
     tx = optax_cl.protect(2, *links, matrices=matrix_views(**kwargs))
     viewed, _ = run(tx, grads, state=install(tx.init(grads[0]), basis=basis))
-    by_hand = jax.vmap(to)(grads)
+    by_hand = np.stack([to(g) for g in grads])
     tx = optax_cl.protect(2, *links)
     flat, _ = run(tx, by_hand, state=install(tx.init(by_hand[0]), basis=basis))
-    np.testing.assert_allclose(viewed, jax.vmap(back)(flat), rtol=1e-6, atol=1e-7)
+    flat = np.stack([back(m) for m in np.asarray(flat)])
+    np.testing.assert_allclose(viewed, flat, rtol=1e-6, atol=1e-7)
 
 
 def test_integer_matrices_are_left_alone_and_bases_keep_their_dtype(x64):
@@ -227,20 +229,20 @@ def test_integer_matrices_are_left_alone_and_bases_keep_their_dtype(x64):
 
 
 def test_embedding_without_a_decision_is_refused():
-    params = {"token_embed": {"embedding": jnp.zeros((50, 4))}}
+    params = {"token_embed": {"embedding": np.zeros((50, 4))}}
     with pytest.raises(ValueError, match="`token_embed/embedding`"):
         optax_cl.protect(2, optax_cl.project()).init(params)
 
 
 def test_rank_larger_than_a_fan_in_names_the_leaf():
-    params = {"big": jnp.zeros((9, 2)), "head": {"w": jnp.zeros((3, 8))}}
+    params = {"big": np.zeros((9, 2)), "head": {"w": np.zeros((3, 8))}}
     with pytest.raises(ValueError, match=r"`rank` is 4.*`head/w`.*fan-in of 3"):
         optax_cl.protect(4, optax_cl.project()).init(params)
 
 
 def test_parameters_without_a_matrix_are_refused():
     tx = optax_cl.protect(2, optax_cl.project(), matrices=matrix_views(skip="free"))
-    for params in ({"b": jnp.zeros(3)}, {"free": jnp.zeros((3, 3))}):
+    for params in ({"b": np.zeros(3)}, {"free": np.zeros((3, 3))}):
         with pytest.raises(ValueError, match=r"`protect`.*no matrix"):
             tx.init(params)
     tx.init({})  # nothing at all is no mistake
@@ -261,7 +263,7 @@ def test_parameters_without_a_matrix_are_refused():
     ],
 )
 def test_link_without_an_owner_is_a_type_error(link, name):
-    g = jnp.ones((3, 2))
+    g = np.ones((3, 2), np.float32)
     tx = optax_cl.chain(link())
     with pytest.raises(TypeError, match=rf"`{name}`.*optax_cl\.protect"):
         jax.jit(tx.update)(g, tx.init(g), g)
@@ -288,7 +290,7 @@ def test_bad_argument_is_named(kwargs, error):
 
 
 def test_missing_params_are_named_where_a_rule_reads_the_anchor():
-    g = jnp.ones((3, 2))
+    g = np.ones((3, 2), np.float32)
     tx = optax_cl.protect(1, optax_cl.attenuate(optax_cl.ratchet()))
     with pytest.raises(ValueError, match="`params` is None"):
         tx.update(g, tx.init(g))

@@ -59,8 +59,8 @@ def test_basis_against_float64_eigenvectors_over_three_tasks(memory, sizes):
         np.testing.assert_allclose(projector(state.basis["w"]), projector(u), atol=1e-4)
         np.testing.assert_allclose(state.energy["w"], e, rtol=1e-4)
     assert state.tasks == 3
-    gram = state.basis["w"].T @ state.basis["w"]
-    np.testing.assert_allclose(gram, np.eye(2), atol=1e-5)
+    basis = np.asarray(state.basis["w"])
+    np.testing.assert_allclose(basis.T @ basis, np.eye(2), atol=1e-5)
 
 
 def test_every_task_has_equal_say():
@@ -104,10 +104,8 @@ def test_randomized_is_close_to_exact_on_a_decaying_spectrum(labels):
     rng = np.random.default_rng(0)
     batches = [
         {
-            "x": jnp.asarray(
-                rng.normal(size=(8, n)) * 0.5 ** np.arange(n), jnp.float32
-            ),
-            "y": jnp.asarray(rng.integers(0, 4, 8)),
+            "x": np.float32(rng.normal(size=(8, n)) * 0.5 ** np.arange(n)),
+            "y": np.int32(rng.integers(0, 4, 8)),
         }
         for _ in range(4)
     ]
@@ -133,7 +131,7 @@ def test_randomized_survives_gradients_of_low_rank_in_a_small_matrix(directions)
     np.testing.assert_allclose(
         np.diag(projector(state.basis["w"])), np.sign(scale), atol=1e-4
     )
-    assert int((state.energy["w"] > 0).sum()) == directions
+    assert (np.asarray(state.energy["w"]) > 0).sum() == directions
 
 
 def test_threshold_drops_columns_that_are_not_needed():
@@ -159,8 +157,8 @@ def poisoned(kind):
     batches = make_batches(5)
     if kind == "zero":
         return [b | {"x": 0 * b["x"]} for b in batches]
-    value = {"nan": jnp.nan, "inf": jnp.inf}[kind]
-    return [batches[0], batches[1] | {"x": batches[1]["x"].at[0, 0].set(value)}]
+    batches[1]["x"][0, 0] = float(kind)
+    return batches[:2]
 
 
 def poisoned_boundary(state, params, kind):
@@ -196,7 +194,10 @@ def test_anchor_is_the_parameters_in_the_new_basis():
         params = make_params(task)
         state = boundary(state, params, make_batches(task))
         np.testing.assert_allclose(
-            state.anchor["w"], state.basis["w"].T @ params["w"], rtol=1e-4, atol=1e-5
+            state.anchor["w"],
+            np.asarray(state.basis["w"]).T @ np.asarray(params["w"]),
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -213,31 +214,33 @@ def exact_fisher(params, batches, basis):
 @pytest.mark.parametrize("items", [1, 3])
 def test_curvature_is_the_exact_fisher_in_expectation(items):
     # Ragged, and inputs of different size, so that weights of batches matter.
-    params = {"w": 0.5 * normal(0, IN, OUT), "b": jnp.zeros((1, OUT))}
+    params = make_params()
+    params["w"] = np.asarray(params["w"]) / 2
     rng = np.random.default_rng(3)
     batches = []
     for n, size in ((4, 0.5), (4, 0.5), (1, 2.0)):
         shape = (n,) if items == 1 else (n, items)
         batches.append(
             {
-                "x": jnp.asarray(size * rng.normal(size=(*shape, IN)), jnp.float32),
-                "y": jnp.zeros(shape, jnp.int32),
+                "x": np.float32(size * rng.normal(size=(*shape, IN))),
+                "y": np.zeros(shape, np.int32),
             }
         )
     task = TASK if items == 1 else ITEMS_TASK
     state = protected(rule=optax_cl.spring()).init(params)
-    errors = []
-    for seed in range(120):
-        new = boundary(state, params, batches, jax.random.key(seed), task)
-        errors.append(
-            new.curvature["w"] - exact_fisher(params, batches, new.basis["w"])
-        )
-    errors = np.stack(errors)
+
+    @jax.jit
+    def with_every_key(keys):
+        new = jax.lax.map(lambda key: boundary(state, params, batches, key, task), keys)
+        return new.curvature["w"], new.basis["w"]
+
+    curvatures, bases = with_every_key(jax.random.split(KEY, 120))
+    expected = [exact_fisher(params, batches, basis) for basis in np.asarray(bases)]
+    errors = np.asarray(curvatures) - expected
     z = errors.mean(0) / (errors.std(0, ddof=1) / np.sqrt(len(errors)))
     assert np.max(np.abs(z)) < 4.0
     # The test can see an error of a fifth.
-    expected = exact_fisher(params, batches, new.basis["w"])
-    assert np.all(errors.std(0) / np.sqrt(len(errors)) < 0.15 * expected.max())
+    assert np.all(errors.std(0) / np.sqrt(len(errors)) < 0.15 * expected[-1].max())
 
 
 ITEMS_TASK = optax_cl.classification(
@@ -255,7 +258,8 @@ def test_curvature_sums_over_tasks_and_turns_with_the_basis():
     (task_curvature,) = [
         v["w"] for k, v in stats.results.items() if k.startswith("curvature")
     ]
-    mixing = np.asarray(two.basis["w"].T @ one.basis["w"], np.float64) ** 2
+    new, old = (np.float64(state.basis["w"]) for state in (two, one))
+    mixing = (new.T @ old) ** 2
     np.testing.assert_allclose(
         two.curvature["w"],
         mixing @ np.asarray(one.curvature["w"]) + np.asarray(task_curvature),
@@ -276,7 +280,7 @@ def test_boundary_restarts_the_averaged_coefficients():
     tx = protected(rule=optax_cl.balance())
     params = make_params()
     state = boundary(tx.init(params), params, make_batches(0))
-    _, state = tx.update(params, state, params)
+    _, state = jax.jit(tx.update)(params, state, params)
     assert state.mean_weight > 0
     state = boundary(state, params, make_batches(1))
     assert state.mean_weight == 0 and not np.any(state.mean["w"])
@@ -296,9 +300,9 @@ def test_injected_numbers_take_effect_at_the_next_step():
     params = make_params()
     tx = optax.inject_hyperparams(make)(mean_decay=0.9, threshold=1.0)
     state = boundary(tx.init(params), params, make_batches(0))
-    assert np.linalg.matrix_rank(state.inner_state.basis["w"]) == 2
+    assert np.linalg.matrix_rank(np.asarray(state.inner_state.basis["w"])) == 2
     state.hyperparams.update(mean_decay=jnp.float32(0.5), threshold=jnp.float32(0.1))
-    _, state = tx.update(params, state, params)
+    _, state = jax.jit(tx.update)(params, state, params)
     assert state.inner_state.mean_weight == 0.5
     state = boundary(state, params, make_batches(1))
-    assert np.linalg.matrix_rank(state.inner_state.basis["w"]) == 1
+    assert np.linalg.matrix_rank(np.asarray(state.inner_state.basis["w"])) == 1
