@@ -17,6 +17,16 @@ from tests.experiments import tiny_stream as tiny
 
 TINY, TASKS, STEPS, MEMORY = tiny.TINY, tiny.TASKS, tiny.STEPS, tiny.MEMORY
 SETTINGS, TEXTS, alphabet = tiny.SETTINGS, tiny.TEXTS, tiny.alphabet
+WINDOWS, PROBE_WINDOWS = 8, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once():
+    """Lets the runs of this file, which have one size, share what they compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((program, "make_program"), (engine, "_compile")):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +36,7 @@ def stream(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arrays(stream):
-    return program.make_data(stream, TINY.context, windows=8, probe_windows=3)
+    return program.make_data(stream, TINY.context, WINDOWS, PROBE_WINDOWS)
 
 
 def lanes(*numbers, order=(2, 0, 3), seed=7, rate=1e-2):
@@ -131,32 +141,28 @@ def test_the_buffer_keeps_windows_of_finished_domains_alone(arrays):
     np.testing.assert_array_equal(items[2 * MEMORY :], 0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def first_boundary(functions, arrays, lane):
-    """The carry after the first boundary, from untrained weights."""
+@jax.jit
+def drawn_for_the_buffer(arrays, lane):
+    """Many windows, which the first boundary drew."""
+    functions = program.make_program(
+        arms.FAMILIES["replay-max"], SETTINGS._replace(memory=500)
+    )
     carry = functions.init(arrays, lane)
-    return functions.boundary(arrays, lane, carry, jnp.int32(0))[0]
+    carry, _ = functions.boundary(arrays, lane, carry, jnp.int32(0))
+    return carry.buffer.items[:500]
 
 
 def test_joint_training_draws_from_all_domains_of_the_order_and_no_other(arrays):
-    functions = program.make_program(
-        arms.FAMILIES["replay-max"], SETTINGS._replace(memory=200)
-    )
     lane = jax.tree.map(lambda x: x[0], lanes(0.5))._replace(joint=np.bool_(True))
-    carry = first_boundary(functions, arrays, lane)
-    drawn = set(np.asarray(carry.buffer.items[:200]).ravel().tolist())
+    drawn = set(drawn_for_the_buffer(arrays, lane).ravel().tolist())
     assert drawn == set(TEXTS["upper"] + TEXTS["digits"] + TEXTS["x"])
 
 
 def test_windows_never_reach_behind_the_end_of_a_short_domain(stream):
     short = stream._replace(train=(stream.train[0][:30], *stream.train[1:]))
-    arrays = program.make_data(short, TINY.context, 8, 3)
-    functions = program.make_program(
-        arms.FAMILIES["replay-max"], SETTINGS._replace(memory=500)
-    )
+    arrays = program.make_data(short, TINY.context, WINDOWS, PROBE_WINDOWS)
     lane = jax.tree.map(lambda x: x[0], lanes(0.5, order=(0, 1, 2)))
-    carry = first_boundary(functions, arrays, lane)
-    drawn = np.asarray(carry.buffer.items[:500])
+    drawn = np.asarray(drawn_for_the_buffer(arrays, lane))
     assert 0 not in drawn, "a zero byte is padding behind the end"
     assert (drawn == short.train[0][-1]).any(), "the last byte must be reachable"
 
@@ -226,7 +232,29 @@ def test_groups_of_arms_hold_known_arms_and_every_arm_has_its_family():
     assert len(study.chosen_arms(("all",))) == len(arms.ARMS)
 
 
-@pytest.mark.parametrize("name", sorted(arms.FAMILIES))
+@functools.cache
+def jitted_model(config, build=byte_lm.byte_lm):
+    model = build(config)
+    return model._replace(apply=jax.jit(model.apply))
+
+
+@pytest.fixture
+def model_traced_once(monkeypatch):
+    """Traces the model, which is the same in all families, for the first one alone."""
+    monkeypatch.setattr(byte_lm, "byte_lm", jitted_model)
+    # The programs of the other tests are left with the model as it is.
+    monkeypatch.setattr(program, "make_program", program.make_program.__wrapped__)
+
+
+def case(name):
+    """A family; each rule in one routing is quick, and the constant one in them all."""
+    rule, _, routing = name.partition("-")
+    doubles = rule in arms.RULES and routing != "max"
+    return pytest.param(name, marks=[pytest.mark.slow] if doubles else [])
+
+
+@pytest.mark.parametrize("name", [case(name) for name in sorted(arms.FAMILIES)])
+@pytest.mark.usefixtures("model_traced_once")
 def test_every_family_builds_with_traced_numbers_and_keeps_its_state(name, arrays):
     family = arms.FAMILIES[name]
     functions = program.make_program(family, SETTINGS)
@@ -272,7 +300,10 @@ def test_the_full_size_traces_without_being_allocated(stream):
 @pytest.fixture
 def tiny_size(monkeypatch):
     monkeypatch.setitem(study.SIZES, "small", tiny.SIZE)
-    monkeypatch.setattr(study, "_COLLECT_BATCHES", 2)
+    monkeypatch.setattr(study, "_COLLECT_BATCHES", SETTINGS.collect_batches)
+    monkeypatch.setattr(study, "_CHUNKS_PER_TASK", 1)
+    monkeypatch.setattr(study, "_EVALUATED_WINDOWS", WINDOWS)
+    monkeypatch.setattr(study, "_PROBE_WINDOWS", PROBE_WINDOWS)
 
 
 def test_a_run_on_a_folder_of_texts_gives_tables_figures_and_results(
