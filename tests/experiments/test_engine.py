@@ -49,9 +49,14 @@ class Recorder(Progress):
                 raise KeyboardInterrupt
 
 
+def is_due(clock):
+    """A checkpoint, always: in place of what the clock says."""
+    return True
+
+
 @pytest.fixture
 def save_always(monkeypatch):
-    monkeypatch.setattr(engine._CheckpointClock, "due", lambda self: True)
+    monkeypatch.setattr(engine._CheckpointClock, "due", is_due)
 
 
 def run(folder, progress=None, *, chunk_steps=4, vectorize="map", program=None):
@@ -73,21 +78,37 @@ def interrupt(folder, chunks):
         run(folder, Recorder(stop_after=chunks))
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped after five chunks and had saved after each; to copy."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._CheckpointClock, "due", is_due)
+        interrupt(folder, 5)
+    return folder
+
+
+@pytest.fixture
+def copied(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "copied")
+
+
 def by_hand(program, data, lanes):
     """The same run as nested Python loops over lanes, tasks and steps."""
     lost = {}
+    init, evaluate = jax.jit(program.init), jax.jit(program.evaluate)
     step, boundary = jax.jit(program.step), jax.jit(program.boundary)
     for i in range(len(lanes["seed"])):
         lane = {k: v[i] for k, v in lanes.items()}
-        carry = program.init(data, lane)
-        rows = {("evaluate", ()): program.evaluate(data, lane, carry)}
+        carry = init(data, lane)
+        rows = {("evaluate", ()): evaluate(data, lane, carry)}
         for task in range(program.num_tasks):
             for s in range(program.steps_per_task):
                 carry, out = step(data, lane, carry, jnp.int32(task), jnp.int32(s))
                 rows["step", (task, s)] = out
             carry, out = boundary(data, lane, carry, jnp.int32(task))
             rows["boundary", (task,)] = out
-            rows["evaluate", (task,)] = program.evaluate(data, lane, carry)
+            rows["evaluate", (task,)] = evaluate(data, lane, carry)
         for (kind, at), out in rows.items():
             for name, value in out.items():
                 lost.setdefault(f"{kind}/{name}", {})[(i, *at)] = np.asarray(value)
@@ -161,11 +182,10 @@ def test_saved_file_holds_what_was_returned_and_has_no_time_in_it(tmp_path, whol
     assert not (tmp_path / "a" / "checkpoints" / "toy").exists()
 
 
-def test_finished_program_does_not_run_again(tmp_path, whole, save_always):
-    interrupt(tmp_path / "early", 5)
+def test_finished_program_does_not_run_again(tmp_path, whole, copied):
     run(tmp_path)
     # As if it had been killed before it could remove its checkpoints.
-    shutil.move(tmp_path / "early" / "checkpoints", tmp_path / "checkpoints")
+    shutil.move(copied / "checkpoints", tmp_path / "checkpoints")
 
     def never(*_):
         raise AssertionError("ran again")
@@ -225,35 +245,28 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_named_and_the_one_before_used(
-    tmp_path, whole, save_always, damage
-):
-    interrupt(tmp_path, 5)
+def test_damaged_checkpoint_is_named_and_the_one_before_used(whole, copied, damage):
     hurt, message = DAMAGES[damage]
-    bad = newest(tmp_path)
+    bad = newest(copied)
     hurt(bad)
     recorder = Recorder()
-    assert_same(run(tmp_path, recorder), whole)
+    assert_same(run(copied, recorder), whole)
     text = "\n".join(recorder.lines)
     assert f"warning: checkpoint {bad} is not used" in text
     assert re.search(message, text)
     assert "goes on from task" in text
 
 
-def test_all_checkpoints_damaged_starts_from_the_beginning(
-    tmp_path, whole, save_always
-):
-    interrupt(tmp_path, 5)
-    for checkpoint in checkpoints._saved(tmp_path / "checkpoints" / "toy"):
+def test_all_checkpoints_damaged_starts_from_the_beginning(whole, copied, save_always):
+    for checkpoint in checkpoints._saved(copied / "checkpoints" / "toy"):
         truncate(checkpoint)
     recorder = Recorder()
-    assert_same(run(tmp_path, recorder), whole)
+    assert_same(run(copied, recorder), whole)
     assert sum("is not used" in line for line in recorder.lines) == checkpoints.KEPT
     assert not any("goes on" in line for line in recorder.lines)
 
 
-def test_checkpoint_of_other_lanes_is_not_used(tmp_path, save_always):
-    interrupt(tmp_path, 5)
+def test_checkpoint_of_other_lanes_is_not_used(copied):
     data, lanes = toy.inputs([0.05, 0.02], 3)
     recorder = Recorder()
     engine.run_program(
@@ -261,7 +274,7 @@ def test_checkpoint_of_other_lanes_is_not_used(tmp_path, save_always):
         data,
         lanes,
         chunk_steps=4,
-        folder=tmp_path,
+        folder=copied,
         progress=recorder,
     )
     assert any("another run (lanes:" in line for line in recorder.lines)
@@ -289,10 +302,9 @@ def full_disk(*_, **__):
 
 @pytest.mark.parametrize("where", ["state", "files"])
 def test_full_disk_names_the_folder_and_loses_nothing(
-    tmp_path, whole, save_always, monkeypatch, where
+    whole, copied, save_always, monkeypatch, where
 ):
-    interrupt(tmp_path, 5)
-    before = newest(tmp_path)
+    before = newest(copied)
     with monkeypatch.context() as patch:
         if where == "state":
             # Orbax wraps what the operating system says.
@@ -303,12 +315,12 @@ def test_full_disk_names_the_folder_and_loses_nothing(
         else:
             patch.setattr(os, "fsync", full_disk)
         with pytest.raises(run_folder.RunError, match="no space left") as error:
-            run(tmp_path)
-    assert str(tmp_path) in str(error.value)
-    assert newest(tmp_path) == before
-    assert not list(tmp_path.rglob(".partial-*"))
+            run(copied)
+    assert str(copied) in str(error.value)
+    assert newest(copied) == before
+    assert not list(copied.rglob(".partial-*"))
     recorder = Recorder()
-    assert_same(run(tmp_path, recorder), whole)
+    assert_same(run(copied, recorder), whole)
     assert not any("is not used" in line for line in recorder.lines)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import run_folder
 from tests.experiments import tiny_stream, toy
 
 ROOT = Path(__file__).parents[2]
@@ -88,14 +89,14 @@ def check_kills(script, flags, folder, *, chunks, kills, pause):
 
 
 @pytest.mark.parametrize(
-    ("kills", "chunk_steps"),
-    [(3, 7), pytest.param(20, 1, marks=pytest.mark.slow)],
+    ("kills", "chunk_steps", "arms"),
+    [(3, 6, "plain"), pytest.param(20, 1, "plain,slow", marks=pytest.mark.slow)],
     ids=["3", "20"],
 )
-def test_killed_run_ends_bit_identical(tmp_path, kills, chunk_steps):
-    steps, programs = 60, 2
+def test_killed_run_ends_bit_identical(tmp_path, kills, chunk_steps, arms):
+    steps, programs = 60, len(arms.split(","))
     chunks = programs * toy.TASKS * -(-steps // chunk_steps)
-    flags = f"toy --steps {steps} --chunk-steps {chunk_steps} --devices 2"
+    flags = f"toy --arms {arms} --steps {steps} --chunk-steps {chunk_steps} --devices 2"
     check_kills(toy, flags, tmp_path, chunks=chunks, kills=kills, pause=PAUSE)
 
 
@@ -117,13 +118,10 @@ def test_killed_run_holds_no_lock(tmp_path):
     folder, flags = tmp_path / "toy", "toy --steps 60 --devices 2"
     process = start(toy, folder, flags, PAUSE)
     process.stderr.readline()
-    second = start(toy, folder, flags)
-    _, err = second.communicate(timeout=120)
+    in_use = rf"in use by another process \(pid {process.pid}\)"
+    with pytest.raises(run_folder.RunError, match=in_use), run_folder.locked(folder):
+        pass
     process.kill()
     process.communicate()
-    assert second.returncode == 2
-    assert f"in use by another process (pid {process.pid})" in err
-    process = start(toy, folder, flags, PAUSE)
-    assert "error" not in process.stderr.readline()
-    process.kill()
-    process.communicate()
+    with run_folder.locked(folder):
+        pass

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, engine, figures, report, run_folder, studies
+from experiments import cli, engine, run_folder, studies
 from experiments.claims import Claim
 from experiments.engine import Program
 from experiments.studies import field
@@ -103,6 +103,9 @@ def run(config, folder, context):
 
 def make_report(folder: Path):
     """A table, a figure and a claim."""
+    # A run that is killed comes to no report, and so needs nothing that draws.
+    from experiments import figures, report
+
     results = run_folder.read_json(folder / "results.json")
     rows = [(arm, r["final"], (1.0, 0.1)) for arm, r in results.items()]
     figure, axes = figures.new()
