@@ -43,8 +43,8 @@ def gem(
     the gradients anew at every step, by ``jax.vmap`` over a buffer ``[K, m, ...]``, and
     keep the current task out of the mask. The gradient on an empty slot is *not* zero:
     the mask is not optional. A memory whose gradient is zero, not finite, or too small
-    to square takes no part; if that is so of all, or :math:`g` is not finite, the
-    update stays bit for bit as it is.
+    or too large to square (lengths of about 1e-17 and 1e19) takes no part; if that is
+    so of all, or :math:`g` is not finite, the update stays bit for bit as it is.
 
     In float32 the constraints hold to about :math:`\langle\tilde g, g_k\rangle \ge
     -4\cdot 10^{-6} v_k \|g_k\|^2`, for nearly parallel gradients and for lengths of
@@ -138,10 +138,12 @@ def gem(
             )
         mask = _check_mask(memory_mask)
         memories = _align(memory_updates, updates, len(mask))
-        if sign == "descent":
-            memories = jax.tree.map(jnp.negative, memories)
-        routed = surgery.project_conflicts(updates, memories, mask, floor=margin)
-        return routed, state
+        # One tree is negated twice, for the memories would be copied.
+        flip = jnp.negative if sign == "descent" else jnp.asarray
+        routed = surgery.project_conflicts(
+            jax.tree.map(flip, updates), memories, mask, floor=margin
+        )
+        return jax.tree.map(flip, routed), state
 
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), update_fn
