@@ -162,7 +162,8 @@ def test_an_orthogonal_memory_is_no_conflict_and_minus_zero_survives():
     g = tree_of(np.r_[-0.0, 1.5, np.zeros(14)])
     rows = np.zeros((K, 16))
     rows[:, 0] = -3.0
-    assert bits(route(g, tree_of(rows), ALL, 0.5)) == bits(g)
+    for sign in ("gradient", "descent"):
+        assert bits(route(g, tree_of(rows), ALL, 0.5, sign=sign)) == bits(g)
 
 
 def test_cancelling_memories_leave_a_finite_result_that_is_not_longer():
@@ -190,6 +191,30 @@ def test_a_memory_without_a_direction_is_left_out(bad, margin):
         out = routed(g, rows, margin=margin)
         np.testing.assert_array_equal(out, expected)
         assert np.isfinite(out).all()
+
+
+def test_where_squares_of_a_memory_underflow_it_is_left_out():
+    # Of sixteen squares one is a normal number: taken for the whole of its length, it
+    # would make the correction eleven times too long.
+    rows = np.full((K, 16), -1.05e-19)
+    rows[:, 0] = -1.15e-19
+    for margin in (0.0, 0.5):
+        out = routed(np.ones(16), rows, margin=margin)
+        np.testing.assert_array_equal(out, 1.0)
+
+
+def test_a_memory_whose_inner_product_overflows_is_left_out_and_others_are_not():
+    g, rows = problem(3, "all opposed")
+    expected = routed(1e25 * g, rows, np.arange(K) != 2)
+    rows[2] *= 1e17
+    assert (rows[2] @ (1e25 * g)) < -1e39
+    np.testing.assert_array_equal(routed(1e25 * g, rows), expected)
+
+
+def test_a_correction_that_float32_cannot_hold_is_not_made():
+    g, rows = problem(3, "all opposed")
+    g, rows = tree_of(1e25 * g), tree_of(1e-15 * rows)
+    assert bits(route(g, rows)) == bits(g)
 
 
 def test_a_masked_memory_may_hold_anything():
@@ -288,3 +313,9 @@ def test_a_margin_far_above_the_conflict_loses_no_digits():
     np.testing.assert_allclose(
         routed(g, rows, margin=100.0), expected, atol=1e-5 * np.linalg.norm(expected)
     )
+
+
+def test_the_slightest_conflict_adds_a_margin_of_any_size():
+    rows = np.eye(K, 16)
+    out = routed(-1e-30 * rows[0], rows, np.arange(K) < 1, margin=1e10)
+    np.testing.assert_allclose(out, 1e10 * rows[0], rtol=1e-6)
