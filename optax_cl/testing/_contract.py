@@ -23,6 +23,7 @@ from optax_cl.testing._streams import (
     Collect,
     ExtraArgs,
     collect_synthetic,
+    made,
     no_extra_args,
 )
 from optax_cl.testing._wrappers import (
@@ -74,7 +75,7 @@ def check_contract(
       >>> testing.check_contract(
       ...     make, {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, converges=False)
     """
-    tx = make_tx()
+    tx = made(make_tx)
     check_accepts_extra_args(tx, params, extra_args=extra_args)
     check_update_dtypes(tx, params, extra_args=extra_args)
     check_state_is_stable(tx, params, extra_args=extra_args)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import optax_cl
@@ -76,7 +77,7 @@ def check_tasks(
             f"the step was traced {traces} times in {num_tasks} tasks; once would do."
         )
     for leaf in jax.tree.leaves((params, state)):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(leaf)):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.all(np.isfinite(leaf)):
             raise AssertionError(f"not all numbers are finite: {(params, state)}")
 
 

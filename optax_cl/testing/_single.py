@@ -9,6 +9,7 @@ import optax
 
 from optax_cl.testing._streams import (
     ExtraArgs,
+    abstract_cast,
     abstract_update,
     assert_same_types,
     no_extra_args,
@@ -34,11 +35,11 @@ def check_accepts_extra_args(
             f"it would lose extra arguments. Got {type(tx).__name__}."
         )
 
-    def update(updates, state, params):
-        known = extra_args(updates)
-        return tx.update(updates, state, params, **known, an_unknown_argument=params)
+    def update(params):
+        known = extra_args(params) | {"an_unknown_argument": params}
+        return tx.update(params, tx.init(params), params, **known)
 
-    jax.eval_shape(update, params, tx.init(params), params)
+    jax.eval_shape(update, params)
 
 
 def check_update_dtypes(
@@ -55,8 +56,8 @@ def check_update_dtypes(
       extra_args: ``updates -> extra arguments`` that it needs.
     """
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-        cast = optax.tree.cast(params, dtype)
-        updates, _ = abstract_update(tx, cast, extra_args)
+        cast = abstract_cast(params, dtype)
+        _, updates, _ = abstract_update(tx, cast, extra_args)
         assert_same_types(updates, cast, f"updates of {jnp.dtype(dtype)} parameters")
 
 
@@ -68,7 +69,7 @@ def check_state_is_stable(
 ) -> None:
     """An update keeps the state's structure, shapes and dtypes, whatever the dtype.
 
-    It traces ``jax.lax.cond`` between the old and the new state, for parameters in
+    So ``jax.lax.cond`` and ``jax.lax.scan`` take it. It is traced for parameters in
     bfloat16, float16, float32, and (in 64-bit mode) float64.
 
     Args:
@@ -77,23 +78,20 @@ def check_state_is_stable(
       extra_args: ``updates -> extra arguments`` that it needs.
     """
 
-    def either(flag, updates, state, params):
-        def new():
-            return tx.update(updates, state, params, **extra_args(updates))[1]
-
-        return jax.lax.cond(flag, new, lambda: state)
+    def init(params):
+        state = tx.init(params)
+        for leaf in jax.tree.leaves(state):
+            # While it is traced: its abstract form would be an array's.
+            if not isinstance(leaf, jax.Array):
+                raise AssertionError(f"{what} holds {leaf!r}, which is no array.")
 
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
         with jax.enable_x64(dtype == jnp.float64):
-            cast = optax.tree.cast(params, dtype)
-            state = tx.init(cast)
+            cast = abstract_cast(params, dtype)
             what = f"the state of {jnp.dtype(dtype)} parameters"
-            for leaf in jax.tree.leaves(state):
-                if not isinstance(leaf, jax.Array):
-                    raise AssertionError(f"{what} holds {leaf!r}, which is no array.")
-            _, new = abstract_update(tx, cast, extra_args)
+            jax.eval_shape(init, cast)
+            state, _, new = abstract_update(tx, cast, extra_args)
             assert_same_types(new, state, what)
-            jax.eval_shape(either, jnp.array(True), cast, state, cast)
 
 
 def check_map_params(tx: optax.GradientTransformation, params: optax.Params) -> None:

@@ -76,9 +76,7 @@ def stream(params, task):
     return [
         (
             _noise(params, task, 2 * step),
-            jax.tree.map(
-                lambda p, n: p + 0.1 * n, params, _noise(params, task, 2 * step + 1)
-            ),
+            jax.tree.map(_move, params, _noise(params, task, 2 * step + 1)),
         )
         for step in range(STEPS)
     ]
@@ -89,6 +87,11 @@ def _noise(tree, *seed):
     leaves, structure = jax.tree.flatten(tree)
     drawn = [_normal(x.shape, x.dtype, *seed, i) for i, x in enumerate(leaves)]
     return jax.tree.unflatten(structure, drawn)
+
+
+def _move(p, noise):
+    # In NumPy too, and in the dtype of the parameter.
+    return jnp.asarray(np.asarray(p) + 0.1 * np.asarray(noise), p.dtype)
 
 
 def _normal(shape, dtype, *seed):
@@ -133,6 +136,12 @@ def plain(tx, extra_args):
     return update
 
 
+@functools.lru_cache(maxsize=1)
+def made(make_tx):
+    """What ``make_tx()`` makes, the same for several checks: see ``jitted``."""
+    return make_tx()
+
+
 @functools.lru_cache(maxsize=4)
 def jitted(tx, extra_args):
     """The same under ``jax.jit``, compiled once for several checks."""
@@ -144,9 +153,25 @@ def stack(trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+def abstract_cast(params, dtype):
+    """Shapes of parameters, in another dtype."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
+
+
 def abstract_update(tx, params, extra_args):
-    """Shapes and dtypes of the updates and of the new state."""
-    return jax.eval_shape(plain(tx, extra_args), params, params, tx.init(params))
+    """Shapes and dtypes of the state, the updates and the new state."""
+    return _with_init(tx, extra_args).eval_shape(params)
+
+
+@functools.lru_cache(maxsize=1)
+def _with_init(tx, extra_args):
+    # Under `jax.jit`, which keeps what it traced for the next check.
+    @jax.jit
+    def update(params):
+        state = tx.init(params)
+        return state, *plain(tx, extra_args)(params, params, state)
+
+    return update
 
 
 def assert_same_types(tree, like, what):
