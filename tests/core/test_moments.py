@@ -1,7 +1,6 @@
 """Which averages of an optimizer a reset reaches."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -28,11 +27,12 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_reset_reaches_every_average(name):
     tx = OPTIMIZERS[name]
-    params = {"w": normal(0, 4, 3), "b": jnp.ones((1, 3))}
-    state = first = tx.init(params)
+    params = {"w": normal(0, 4, 3), "b": np.ones((1, 3), np.float32)}
+    init, update = jax.jit(tx.init), jax.jit(tx.update)
+    state = first = init(params)
     for seed in range(2):
         grads = jax.tree.map(lambda p, s=seed: normal(s, *p.shape), params)
-        _, state = tx.update(grads, state, params)
+        _, state = update(grads, state, params)
     statistics = optax_cl.collect(
         state, params, [], task=optax_cl.Task(), key=jax.random.key(0)
     )
@@ -52,9 +52,9 @@ def test_projected_moments_keep_the_bound_on_steps(place, moments):
     # The first input is never seen in training, but is at the boundary: its second
     # moment is zero, and the basis has a share of it.
     task = optax_cl.classification(lambda p, b: b["x"] @ p, lambda b: b["y"])
-    labels = jax.random.randint(jax.random.key(0), (200, 64), 0, 4)
-    batches = {"x": normal(1, 200, 64, 16), "y": labels}
-    unseen = {**batches, "x": batches["x"].at[..., 0].set(0.0)}
+    labels = np.random.default_rng(0).integers(0, 4, (200, 64), np.int32)
+    batches = {"x": np.asarray(normal(1, 200, 64, 16)), "y": labels}
+    unseen = {**batches, "x": batches["x"] * (np.arange(16) > 0).astype(np.float32)}
     adam = getattr(optax_cl, moments, None) or getattr(optax, moments)
     links = [adam(), optax_cl.project()]
     if place == "modifier":
@@ -67,7 +67,7 @@ def test_projected_moments_keep_the_bound_on_steps(place, moments):
         updates, state = tx.update(grads, state, w)
         return (w - 0.01 * updates, state), updates
 
-    w = 0.1 * normal(2, 16, 4)
+    w = np.asarray(normal(2, 16, 4)) / 10
     (w, state), _ = jax.lax.scan(step, (w, tx.init(w)), unseen)
     statistics = optax_cl.collect(
         state,
@@ -78,11 +78,11 @@ def test_projected_moments_keep_the_bound_on_steps(place, moments):
         stacked=True,
     )
     state = optax_cl.end_task(state, w, statistics, moments="project")
-    _, updates = step((w, state), jax.tree.map(lambda x: x[0], unseen))
-    assert jnp.abs(updates).max() < 3.2  # Adam's, at (1 - b1) / sqrt(1 - b2)
+    _, updates = jax.jit(step)((w, state), jax.tree.map(lambda x: x[0], unseen))
+    assert np.abs(updates).max() < 3.2  # Adam's, at (1 - b1) / sqrt(1 - b2)
 
 
 def test_an_optimizer_whose_second_moment_is_a_sum_is_no_modifier():
     tx = optax_cl.decoupled_adamw(0.1, modifiers=[optax.adagrad(0.1)])
     with pytest.raises(ValueError, match=r"`modifiers\[0\]` holds a second moment"):
-        tx.init(jnp.ones(3))
+        tx.init(np.ones(3, np.float32))
