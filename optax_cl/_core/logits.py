@@ -8,9 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def as_array(name: str, value: Any) -> jax.Array:
+    """``value`` as an array, or an error that names it."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` must be an array; got {type(value).__name__}. If the network "
+            "returns more than its logits, give them alone."
+        ) from error
+
+
 def check_logits(name: str, logits: Any) -> jax.Array:
     """An array of logits ``[..., C]`` in float32 at least, or an error."""
-    logits = jnp.asarray(logits)
+    logits = as_array(name, logits)
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(
             f"`{name}` must be real floating-point logits; got {logits.dtype} of shape "

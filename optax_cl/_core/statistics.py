@@ -354,7 +354,14 @@ def result_shape(
     name: str, function: Callable[..., Any], data: tasks.PassInput, *args: Any
 ) -> tuple[int, ...]:
     """The shape of what a task's function gives, refused without its examples' axis."""
-    shape = jax.eval_shape(function, data.params, data.batch, *args).shape
+    result = jax.eval_shape(function, data.params, data.batch, *args)
+    if not isinstance(result, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"`task.{name}` must give one array, [{data.weights.size}, ...] for this "
+            f"batch; got {type(result).__name__} with {checks.paths_str(result)}. "
+            "Leave out what else the network returns."
+        )
+    shape = result.shape
     if shape[:1] != data.weights.shape:
         raise ValueError(
             f"`task.{name}` must keep the axis of examples: its result must have shape "

@@ -86,7 +86,7 @@ def er_ace_loss(
     """
     checks.check_choice("unseen", unseen, ("mask", "keep"))
     z = logits_lib.check_logits("logits", logits)
-    labels = jnp.asarray(labels)
+    labels = logits_lib.as_array("labels", labels)
     task_functions.check_labels(labels, z)
     logits_lib.check_label_values(labels, z.shape[-1])
     own = logits_lib.one_hot(labels, z.shape[-1])
@@ -134,7 +134,7 @@ def classes_in(
       [ True False  True False]
     """
     checks.check_positive_int("num_classes", num_classes)
-    labels = jnp.asarray(labels)
+    labels = logits_lib.as_array("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
             f"`labels` must be integers from 0 to {num_classes - 1}; got "

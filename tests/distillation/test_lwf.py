@@ -287,6 +287,11 @@ def test_bad_input_is_named(error, message, arguments):
 
 def test_logits_that_are_not_real_numbers_are_refused():
     z = jnp.zeros((4, C))
+    for wrong, came in ((None, "NoneType"), ((z, z[0]), "tuple")):
+        with pytest.raises(TypeError, match=f"`logits` must be.*; got {came}.*alone"):
+            lwf_loss(wrong, z)
+        with pytest.raises(TypeError, match=f"`teacher_logits` must be.*; got {came}"):
+            lwf_loss(z, wrong)
     for wrong in (z.astype(jnp.int32), z.astype(jnp.complex64)):
         with pytest.raises(TypeError, match="`logits` must be real floating"):
             lwf_loss(wrong, z)

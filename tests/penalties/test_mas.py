@@ -349,6 +349,16 @@ def test_a_task_without_outputs_is_refused():
         importance(task=task)
 
 
+def test_outputs_beside_others_are_refused():
+    for several in (lambda z: (z, 0), lambda z: {"logits": z, "loss": z[:, 0]}):
+        task = optax_cl.Task(outputs=lambda p, x, f=several: f(network(p, x)))
+        with pytest.raises(
+            TypeError,
+            match=r"`task\.outputs` must give one array.*got (tuple|dict) with 2",
+        ):
+            importance(task=task)
+
+
 def test_outputs_without_the_axis_of_examples_are_refused():
     task = optax_cl.Task(outputs=lambda p, x: network(p, x).mean(0))
     with pytest.raises(ValueError, match=r"`task\.outputs` must keep the axis"):

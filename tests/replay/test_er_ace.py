@@ -226,6 +226,8 @@ def test_classes_in_are_those_that_occur_and_count():
             {"labels": LABELS[:, None]},
         ),
         (TypeError, r"`logits` .*got int32", {"logits": np.zeros((4, C), "i4")}),
+        (TypeError, r"`logits` must be an array; got NoneType", {"logits": None}),
+        (TypeError, r"`labels` must be an array; got NoneType", {"labels": None}),
     ],
 )
 def test_bad_input_is_named(error, message, arguments):
@@ -237,6 +239,8 @@ def test_bad_input_is_named(error, message, arguments):
 def test_bad_input_of_classes_in_is_named():
     with pytest.raises(TypeError, match=r"`labels` .*integers.*got float32"):
         classes_in(np.zeros(4, "f"), C)
+    with pytest.raises(TypeError, match=r"`labels` must be an array; got dict"):
+        classes_in({"y": LABELS}, C)
     with pytest.raises(TypeError, match=r"`num_classes` must be a Python integer"):
         classes_in(LABELS, jnp.int32(C))
     with pytest.raises(TypeError, match=r"`where` must be boolean; got float32"):
