@@ -36,7 +36,8 @@ def make_params():
 
 @functools.cache
 def make_tokens():
-    return jax.random.randint(jax.random.key(1), (3, 11), 0, CONFIG.vocabulary)
+    tokens = np.random.default_rng(1).integers(0, CONFIG.vocabulary, (3, 11))
+    return tokens.astype(np.int32)
 
 
 @functools.cache
