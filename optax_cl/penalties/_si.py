@@ -240,8 +240,8 @@ def _open_step(
     """Notes where a step begins, and with which gradient."""
 
     def note(old, g, p):
-        if trees.is_hole(g):
-            return jnp.zeros_like(old)
+        if trees.is_hole(g):  # the step before is still open there
+            return old
         g = jnp.asarray(g, old.dtype)
         return jnp.where(jnp.isfinite(g) & jnp.isfinite(p), g, 0)
 

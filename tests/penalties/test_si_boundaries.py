@@ -131,6 +131,24 @@ def test_masked_leaves_take_no_part_and_the_others_are_as_alone():
     np.testing.assert_array_equal(params["b"], np.float32(START["b"]))
 
 
+def test_a_leaf_that_is_hidden_for_a_while_keeps_its_account():
+    tx, hidden = si(1.0, damping=1.0), optax.MaskedNode()
+    for last in (jnp.array([-2.0]), hidden):
+        params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+        state = tx.init(params)
+        for b in (jnp.array([-2.0]), hidden, hidden, last):
+            grads = {"a": jnp.array([-2.0]), "b": b}
+            _, state = tx.update(grads, state, params)
+            params = {
+                k: p if grads[k] is hidden else p + 0.5 for k, p in params.items()
+            }
+        importance = end_task(state, params).memory.importance
+        credits = {"a": 4.0, "b": 1.0 if last is hidden else 2.0}
+        for k, credit in credits.items():
+            expected = credit / (float(params[k][0]) ** 2 + 1.0)
+            assert float(importance[k][0]) == pytest.approx(expected), k
+
+
 def test_none_leaves_stay_and_integer_leaves_are_left_alone():
     tx = si(1.0)
     params = {"a": jnp.ones(2), "none": None, "steps": jnp.array(3), "c": 0.5}
