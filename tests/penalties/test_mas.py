@@ -315,10 +315,12 @@ def test_bfloat16_parameters_keep_float32_memory():
         np.testing.assert_allclose(state.memory.importance[k], x, atol=0.05 * scale)
 
 
-def test_large_outputs_in_half_precision_do_not_overflow():
-    # Neither their square nor twice of them is a number of float16.
-    task = optax_cl.Task(outputs=lambda w, x: (x @ w).astype(jnp.float16))
-    got = importance(jnp.full((1, 1), 4e4), [np.ones((1, 1), np.float32)], task)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_large_outputs_in_half_precision_do_not_overflow(dtype):
+    # Neither their square nor twice of them is a number of float16, nor is twice half
+    # the gradient, where that is in the dtype of the parameters.
+    task = optax_cl.Task(outputs=lambda w, x: (x.astype(dtype) @ w).astype(jnp.float16))
+    got = importance(jnp.full((1, 1), 4e4, dtype), [np.ones((1, 1), np.float32)], task)
     np.testing.assert_allclose(got, 8e4, rtol=1e-2)
 
 
