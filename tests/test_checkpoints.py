@@ -83,12 +83,17 @@ def run(step, params, state, seeds):
 
 
 def middle_of_a_task(tx, step, params):
-    params, state = run(step, params, jax.jit(tx.init)(params), range(4))
+    params, state = run(step, params, placed(jax.jit(tx.init)(params)), range(4))
     state = optax_cl.end_task(
         state, params, testing.collect_synthetic(state, params), moments="project"
     )
-    state = optax_cl.begin_task(state, params)
+    state = placed(optax_cl.begin_task(state, params))
     return run(step, params, state, range(4, 7))
+
+
+def placed(tree):
+    """Committed to a device, as what is restored is: one compilation serves both."""
+    return jax.device_put(tree, jax.devices()[0])
 
 
 def target_of(tx, params):
@@ -106,11 +111,10 @@ def assert_bit_equal(found, expected):
     def equal(path, a, b):
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(
-            np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8), str(path)
+            np.atleast_1d(a).view(np.uint8), np.atleast_1d(b).view(np.uint8), str(path)
         )
 
-    whole = (jax.tree.map(jnp.atleast_1d, tree) for tree in (found, expected))
-    jax.tree_util.tree_map_with_path(equal, *whole)
+    jax.tree_util.tree_map_with_path(equal, found, expected)
 
 
 @functools.cache
@@ -118,7 +122,7 @@ def trained(make, dtype):
     """Step, parameters and state in the middle of the second task."""
     tx = make()
     step = make_step(tx)
-    params = optax.tree.cast(registry.params(), dtype)
+    params = placed(optax.tree.cast(registry.params(), dtype))
     return step, *middle_of_a_task(tx, step, params)
 
 
@@ -152,7 +156,7 @@ def test_the_saved_state_is_of_the_second_task():
     memories = {m.method: m.tasks for m in optax_cl.describe(state)}
     assert memories["Protect"] == memories["Ewc"] == 1
     for tree in (state[0].basis, state[0].curvature, state[0].inner[0].reference):
-        assert float(optax.tree.norm(tree)) > 0
+        assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("saver", SAVERS)
@@ -192,19 +196,21 @@ def test_adapters_on_a_manifold_go_on_bit_for_bit_from_a_checkpoint(tmp_path, dt
         if memory is not None:
             v = lora.stiefel.random(jax.random.key(1), (6, 2), memory=memory)
             adapters["kernel"] = adapters["kernel"]._replace(v=v)
-        return optax.tree.cast(adapters, dtype)
+        return placed(optax.tree.cast(adapters, dtype))
 
     tx, task = make(), optax_cl.Task(loss=losses)
     step = make_step(tx)
-    params, state = run(step, start(), tx.init(start()), range(3))
+    params = start()
+    params, state = run(step, params, placed(tx.init(params)), range(3))
     statistics = optax_cl.collect(
         state, params, [batch], task=task, frozen=kernel, key=jax.random.key(2)
     )
     state = optax_cl.end_task(state, params, statistics)
     memory = lora.memory(state)["kernel"]
-    assert float(jnp.abs(memory).max()) > 0.1
+    assert np.abs(memory).max() > 0.1
     params = start(memory)
-    params, state = run(step, params, optax_cl.begin_task(state, params), range(3, 5))
+    state = placed(optax_cl.begin_task(state, params))
+    params, state = run(step, params, state, range(3, 5))
     assert len(jax.tree.leaves(state.master)) == (3 if dtype == jnp.bfloat16 else 0)
 
     standard_save(tmp_path / "saved", {"params": params, "state": state})
