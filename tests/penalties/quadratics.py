@@ -11,6 +11,7 @@ from optax_cl.penalties import SiState, si
 RNG = np.random.default_rng(0)
 SHAPES = {"a": (3, 2), "b": (4,)}
 NOTHING = optax_cl.Statistics(jnp.zeros([]), {})
+apply_updates = jax.jit(optax.apply_updates)
 
 
 def draw(low=-1.0, high=1.0):
@@ -24,14 +25,18 @@ NOISE = [[draw(-0.5, 0.5) for _ in range(6)] for _ in TASKS]
 
 
 def as_arrays(tree, dtype=jnp.float32):
-    return jax.tree.map(lambda x: jnp.array(x, dtype), tree)
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def gradient(params, task, step):
     """Of the task's quadratic, with noise in it."""
     (h, m), noise = TASKS[task], NOISE[task][step]
     return jax.tree.map(
-        lambda p, h, m, n: (h * (p - m) + n).astype(p.dtype), params, h, m, noise
+        lambda p, h, m, n: (h * (np.float64(p) - m) + n).astype(p.dtype),
+        params,
+        h,
+        m,
+        noise,
     )
 
 
@@ -54,9 +59,9 @@ def train(tx, *, tasks=3, dtype=jnp.float32, change=lambda p: p, spoil=()):
         for step in range(len(NOISE[task])):
             grads = gradient(params, task, step)
             if step in spoil:
-                grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads)
+                grads = jax.tree.map(lambda g: np.full_like(g, np.nan), grads)
             updates, state = update(grads, state, params)
-            old, params = params, change(optax.apply_updates(params, updates))
+            old, params = params, change(apply_updates(params, updates))
             history[-1].append((grads, old, params))
         state = end_task(state, params)
     return find(state), params, history
