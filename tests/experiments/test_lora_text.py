@@ -252,7 +252,7 @@ def test_the_loss_is_the_mean_over_what_is_asked(tiny):
     settings, data = tiny
     losses = losses_of(settings, data, data.general)
     whole = text.join(data.frozen, data.adapted)
-    hidden = REST(settings.config, whole, jnp.asarray(data.general.inputs))
+    hidden = np.asarray(REST(settings.config, whole, data.general.inputs))
     table = np.float64(whole["embed"]["embedding"])
 
     def nats(window, place, token):
@@ -267,14 +267,22 @@ def test_accuracy_compares_the_words_of_the_task_only(tiny):
     settings, data = tiny
     right = accuracy_of(settings, data)
     whole = text.join(data.frozen, data.adapted)
-    hidden = REST(settings.config, whole, jnp.asarray(data.test.inputs[0]))
+    hidden = np.asarray(REST(settings.config, whole, data.test.inputs[0]))
     at = np.take_along_axis(hidden, data.test.where[0][..., None], axis=1)[:, 0]
-    scores = at @ whole["embed"]["embedding"][data.words[0]].T
+    scores = at @ np.asarray(whole["embed"]["embedding"])[data.words[0]].T
     np.testing.assert_allclose(right, (scores.argmax(1) == data.test.answer[0]).mean())
 
 
-def test_cosines_of_gradients_are_one_with_themselves_and_symmetric(tiny):
-    cosines = mining.mine(*tiny, 8)
+@pytest.fixture(scope="module")
+def few_texts(tiny):
+    """Questions with ten texts each, and the cosines of their gradients on all ten."""
+    settings, data = tiny
+    few = data._replace(train=jax.tree.map(lambda x: x[:, :10], data.train))
+    return few, mining.mine(settings._replace(batch=10), few, 10)
+
+
+def test_cosines_of_gradients_are_one_with_themselves_and_symmetric(few_texts):
+    _, cosines = few_texts
     np.testing.assert_allclose(np.diag(cosines), 1.0, rtol=1e-6)
     np.testing.assert_allclose(cosines, cosines.T)
 
@@ -282,12 +290,11 @@ def test_cosines_of_gradients_are_one_with_themselves_and_symmetric(tiny):
 @pytest.mark.parametrize(
     "examples", [300, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 30))]
 )
-def test_questions_with_few_texts_are_compared_on_what_they_have(tiny, examples):
-    settings, data = tiny
-    settings = settings._replace(batch=12)
-    few = jax.tree.map(lambda x: x[:, :10], data.train)
-    cosines = mining.mine(settings, data._replace(train=few), examples)
-    whole = mining.mine(settings._replace(batch=10), data._replace(train=few), 10)
+def test_questions_with_few_texts_are_compared_on_what_they_have(
+    tiny, few_texts, examples
+):
+    few, whole = few_texts
+    cosines = mining.mine(tiny[0]._replace(batch=12), few, examples)
     np.testing.assert_array_equal(cosines, whole)
 
 

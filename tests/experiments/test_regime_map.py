@@ -104,6 +104,8 @@ def test_ratio_and_its_error_by_hand():
 
 # -- regression ------------------------------------------------------------------------
 
+SAMPLE = jax.jit(regression.BENCHMARK.sample, static_argnums=5)
+
 
 @pytest.fixture(scope="module")
 def problems():
@@ -132,9 +134,7 @@ def test_overlap_is_the_share_of_input_energy_that_tasks_share(problems, rho):
             mixing = problems.mixing[1, regime, task].astype(np.float64)
             inside = np.sum((mixing @ shared.T) ** 2)
             assert inside / np.sum(mixing**2) == pytest.approx(rho, abs=1e-6)
-            batch = regression.BENCHMARK.sample(
-                problems, 1, regime, task, jax.random.key(task), 4000
-            )
+            batch = SAMPLE(problems, 1, regime, task, jax.random.key(task), 4000)
             x = np.asarray(batch["x"], np.float64)
             measured = np.sum((x @ shared.T) ** 2) / np.sum(x**2)
             assert measured == pytest.approx(rho, abs=0.02)
@@ -170,11 +170,12 @@ def test_joint_optimum_is_what_least_squares_finds(problems):
 
 
 def test_reported_loss_is_the_expected_excess(problems):
-    params = {"w": jnp.ones([regression.DIMENSION, 1])}
-    exact = regression.BENCHMARK.evaluate(problems, 0, 4, params)["loss"]
-    batch = regression.BENCHMARK.sample(problems, 0, 4, 2, jax.random.key(0), 40000)
-    sampled = regression.BENCHMARK.loss(params, batch) - regression.NOISE**2 / 2
-    assert float(sampled) == pytest.approx(float(exact[2]), rel=0.03)
+    params = {"w": np.ones([regression.DIMENSION, 1], np.float32)}
+    exact = jax.jit(regression.BENCHMARK.evaluate)(problems, 0, 4, params)["loss"]
+    batch = SAMPLE(problems, 0, 4, 2, jax.random.key(0), 40000)
+    sampled = jax.jit(regression.BENCHMARK.loss)(params, batch)
+    excess = float(sampled) - regression.NOISE**2 / 2
+    assert excess == pytest.approx(float(exact[2]), rel=0.03)
 
 
 def test_curvature_is_the_hessian_and_not_the_residuals(problems):
@@ -183,23 +184,25 @@ def test_curvature_is_the_hessian_and_not_the_residuals(problems):
     params = {"w": 2 * jnp.ones([regression.DIMENSION, 1])}
     zero = jnp.int32(list(arms.RULES).index("balance"))
     tx = arms.optimizer("max", 6, zero, jnp.float32(1), jnp.float32(1e-3))
-    state = tx.init(params)
     count, size = 400, 16
-    batch = regression.BENCHMARK.sample(
-        problems, 0, regime, 0, jax.random.key(1), count * size
-    )
-    stacked = jax.tree.map(lambda x: x.reshape(count, size, *x.shape[1:]), batch)
-    statistics = jax.jit(
-        lambda b: optax_cl.collect(
+
+    @jax.jit
+    def after_the_task(batches):
+        state = tx.init(params)
+        statistics = optax_cl.collect(
             state,
             params,
-            b,
+            batches,
             task=regression.BENCHMARK.task,
             key=jax.random.key(2),
             stacked=True,
         )
-    )(stacked)
-    state = optax_cl.end_task(state, params, statistics)
+        return optax_cl.end_task(state, params, statistics)
+
+    batch = SAMPLE(problems, 0, regime, 0, jax.random.key(1), count * size)
+    state = after_the_task(
+        jax.tree.map(lambda x: np.reshape(x, (count, size, *x.shape[1:])), batch)
+    )
     mixing = problems.mixing[0, regime, 0]
     basis = np.asarray(optax.tree.get(state, "basis")["w"])
     exact = np.sum((mixing @ basis) ** 2, axis=0)
@@ -336,12 +339,13 @@ def test_vanilla_through_the_engine_is_plain_adam(tmp_path):
         updates, state = adam.update(jax.grad(bench.loss)(w, batch), state, w)
         return optax.apply_updates(w, updates), state
 
+    evaluate = jax.jit(bench.evaluate)
     w = bench.init(jax.random.key(0))
     state = adam.init(w)
     for task in range(2):
         for index in range(4):
             w, state = step(w, state, jnp.int32(task), jnp.int32(index))
-        expected = bench.evaluate(data, 0, 0, w)["loss"]
+        expected = evaluate(data, 0, 0, w)["loss"]
         measured = out["evaluate/loss"][0, task + 1, 0, 1]
         np.testing.assert_allclose(measured, expected, rtol=1e-5)
     ours, theirs = out["evaluate/loss"][:, -1, 0, 1]
