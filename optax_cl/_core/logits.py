@@ -110,12 +110,12 @@ def surprisal(
     Other classes take no part in value or gradient, whatever they hold. Where the mask
     is empty all is 0.
     """
-    # The select comes first, so that the gradient of a masked logit is 0 and not 0 NaN.
-    z = jnp.where(mask, finite(logits), 0)
+    z = finite(logits)
     lowest = jnp.finfo(z.dtype).min
     top = jnp.max(z, axis=-1, keepdims=True, where=mask, initial=lowest)
     # Differences first: they can't overflow upwards, however small the temperature.
     z = jnp.where(mask, z - jax.lax.stop_gradient(top), 0) / temperature
     total = jnp.sum(jnp.exp(z), axis=-1, keepdims=True, where=mask)
     some = jnp.any(mask, axis=-1, keepdims=True)
+    # The slope of a logarithm of 0 would be NaN on the way back, if not at its end.
     return jnp.where(mask, jnp.log(jnp.where(some, total, 1)) - z, 0)

@@ -154,6 +154,12 @@ def test_no_old_class_or_one_gives_zero(classes):
     np.testing.assert_allclose(grad, 0, atol=1e-7)
 
 
+def test_without_an_old_class_no_nan_is_met_on_the_way():
+    # Operation by operation, since compiled ones show their results only.
+    with jax.debug_nans(True):
+        jax.grad(lambda z: lwf_loss(z, normal(1, C), old=~OLD & OLD))(normal(0, C))
+
+
 def test_masks_and_temperatures_may_be_traced_and_mapped_over():
     z, teacher = normal(0, 4, C), normal(1, 4, C)
     heads = jnp.array([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
