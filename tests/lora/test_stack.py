@@ -22,10 +22,14 @@ def adapters(seed, dtype=jnp.float32):
     }
 
 
+# Compiled as one function: quicker than its operations one by one.
+store = jax.jit(lora.store)
+
+
 def filled(capacity=4, tasks=3):
     stacked = lora.stack(adapters(0), capacity)
     for task in range(tasks):
-        stacked = lora.store(stacked, task, adapters(task))
+        stacked = store(stacked, task, adapters(task))
     return stacked
 
 
@@ -67,7 +71,7 @@ def test_an_array_out_of_range_selects_the_base_model_and_stores_nothing(
 
 
 def test_nothing_leaks_from_a_slot_that_is_not_finite():
-    stacked = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), filled())
+    stacked = jax.tree.map(lambda x: np.full_like(x, np.nan), filled())
     assert is_zero(jax.jit(lora.select)(stacked, jnp.int32(-1)))
 
 
@@ -92,7 +96,7 @@ def test_several_ids_at_once_are_refused_with_the_way_to_do_it():
 
 def test_adapters_of_another_shape_are_refused():
     other = adapters(0)
-    other["q"] = lora.LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)))
+    other["q"] = lora.LoRA(np.ones((4, 1)), np.ones((1, 3)))
     with pytest.raises(ValueError, match=r"`adapters`.*`q/a`.*\(4, 1\)"):
         lora.store(filled(), 0, other)
 
