@@ -17,10 +17,10 @@ class Model(nnx.Module):
     """Two layers, with dropout and batch statistics between them."""
 
     def __init__(self, rngs):
-        self.first = nnx.Linear(6, 5, rngs=rngs)
-        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.first = nnx.Linear(6, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.second = nnx.Linear(5, 4, rngs=rngs)
+        self.second = nnx.Linear(4, 4, rngs=rngs)
 
     def __call__(self, x):
         return self.second(self.dropout(nnx.relu(self.norm(self.first(x)))))
@@ -134,7 +134,7 @@ def test_linen_train_state_needs_no_face_of_its_own():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, train):
-            x = nn.Dense(5)(x)
+            x = nn.Dense(4)(x)
             x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
             return nn.Dense(4)(x)
 
@@ -177,7 +177,7 @@ def test_linen_train_state_needs_no_face_of_its_own():
 
 def test_equinox_style_tree_with_none_leaves():
     eqx = pytest.importorskip("equinox")
-    model = eqx.nn.MLP(6, 4, 5, 1, key=jax.random.key(0))
+    model = eqx.nn.MLP(6, 4, 4, 1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     tx = optax.chain(
         optax_cl.protect(
