@@ -49,7 +49,7 @@ def gem(
     In float32 the constraints hold to about :math:`\langle\tilde g, g_k\rangle \ge
     -4\cdot 10^{-6} v_k \|g_k\|^2`, for nearly parallel gradients and for lengths of
     1e-8 beside 1e4 too. Where gradients of tasks all but cancel each other (cosines
-    under -0.9999), v is large and the ridge gives: 1e-4 :math:`\|g\|` there.
+    under -0.9999), v is large and the ridge gives: up to 5e-4 :math:`\|g\|` there.
 
     **Placement.** As for ``agem``, by what is guaranteed there:
 
