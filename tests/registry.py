@@ -179,6 +179,12 @@ def _gem_margin(margin=0.5):
     return _descend(optax_cl.gem(margin=margin))
 
 
+def _ogd():
+    # Of four numbers at least two stay free.
+    ogd = optax_cl.ogd(1, samples=2, overflow="drop")
+    return optax_cl.scale_by_decoupled_adam(), ogd, optax.scale(-LR)
+
+
 def _mix_replay(rho: Schedulable = 0.25):
     return _descend(optax_cl.mix_replay(rho))
 
@@ -415,6 +421,7 @@ ENTRIES: dict[str, Entry] = {
     "measure_gain": _captured(_measure_gain)._replace(needs_matrix=True),
     "mix_replay": _captured(_mix_replay)._replace(extra_args=_replay),
     "multi_steps": Entry(_multi_steps),
+    "ogd": _captured(_ogd),
     "olora": _captured(_olora)._replace(needs_matrix=True),
     "olora[fro]": _captured(_olora_fro)._replace(needs_matrix=True),
     "olora_project": _captured(_olora_project)._replace(needs_matrix=True),
