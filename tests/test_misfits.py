@@ -1,5 +1,6 @@
 """Updates and parameters that are not those the state was made for are named."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -73,5 +74,8 @@ def test_a_parameter_of_none_needs_no_gradient():
     params = make_params() | {"w2": None}
     for name, make in FITTING.items():
         tx = make()
-        updates, _ = tx.update(params, tx.init(params), params)
-        assert updates["w2"] is None, name
+
+        def step(params, tx=tx):
+            return tx.update(params, tx.init(params), params)[0]
+
+        assert jax.eval_shape(step, params)["w2"] is None, name
