@@ -268,6 +268,16 @@ def test_steps_to_and_from_a_bad_parameter_earn_nothing():
     assert float(state.memory.importance[0]) == pytest.approx(expected)
 
 
+def test_a_restart_behind_a_bad_parameter_goes_on_from_the_last_good_one():
+    tx, state = si(1.0, damping=1.0), si(1.0, damping=1.0).init(jnp.zeros(1))
+    for at in (0.0, 0.5, jnp.nan):
+        _, state = tx.update(jnp.array([-2.0]), state, jnp.array([at]))
+    state = optax_cl.begin_task(state, jnp.array([5.5]))
+    state = end_task(state, jnp.array([5.5]))
+    # A credit of 1 on the way of .5 that there was.
+    assert float(state.memory.importance[0]) == pytest.approx(1.0 / 1.25)
+
+
 def test_parameters_that_are_not_finite_at_the_start_do_not_spoil_the_others():
     tx, params = si(1.0), jnp.array([1.0, jnp.nan])
     state = tx.init(params)
