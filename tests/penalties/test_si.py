@@ -156,6 +156,17 @@ def test_steps_that_bfloat16_rounds_away_earn_nothing():
     assert state.before["a"].dtype == jnp.bfloat16
 
 
+def test_changes_of_bfloat16_parameters_are_differences_in_float32():
+    # In bfloat16 the difference is 1.
+    tx, end = si(1.0, damping=1.0), jnp.full([1], 2.0**-9, jnp.bfloat16)
+    start = jnp.ones(1, jnp.bfloat16)
+    _, state = tx.update(start, tx.init(start), start)
+    state = end_task(state, end)
+    change = 1 - 2.0**-9
+    expected = change / (change**2 + 1)
+    assert float(state.memory.importance[0]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_step_that_was_skipped_earns_nothing():
     tx = optax.apply_if_finite(weighted(), 3)
     state, _, history = train(tx, spoil=(0, 2, 5))
