@@ -12,7 +12,7 @@ import optax_cl
 from tests.arrays import normal, orthonormal
 from tests.routing.helpers import install, run
 
-STRENGTHS = jnp.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+STRENGTHS = np.float32([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
 
 
 def metered(strength, *, b2, eps=1e-8, eps_root=0.0, second_moment="routed"):
@@ -26,6 +26,10 @@ def metered(strength, *, b2, eps=1e-8, eps_root=0.0, second_moment="routed"):
     )
 
 
+def signs(steps):
+    return np.float32(np.sign(np.random.default_rng(0).normal(size=(steps, 8, 1))))
+
+
 def gain(state):
     return optax.tree.get(state, "gain_inflation")
 
@@ -33,10 +37,11 @@ def gain(state):
 # One direction along an axis, constant size of gradient: sqrt(nu) = 1
 
 
+@jax.jit
 def axis_aligned_gain(strength, eps, eps_root=0.0):
-    grads = jnp.sign(normal(0, 60, 8, 1))
+    grads = signs(60)
     tx = metered(strength, b2=0.9, eps=eps, eps_root=eps_root)
-    basis = jnp.zeros((8, 8)).at[0, 0].set(1.0)
+    basis = np.float32(np.diag([1.0] + 7 * [0.0]))
     state = install(tx.init(grads[0]), basis=basis)
     return gain(run(tx, grads, state=state)[1])
 
@@ -44,7 +49,7 @@ def axis_aligned_gain(strength, eps, eps_root=0.0):
 @functools.cache
 def axis_aligned_table():
     over_strengths = jax.vmap(axis_aligned_gain, in_axes=(0, None, None))
-    cases = jnp.array([[0.0, 0.0], [1e-2, 0], [0.1, 0], [1.0, 0], [0.0, 0.1]])
+    cases = np.float32([[0.0, 0.0], [1e-2, 0], [0.1, 0], [1.0, 0], [0.0, 0.1]])
     table = jax.jit(jax.vmap(over_strengths, in_axes=(None, 0, 0)))
     return np.asarray(table(STRENGTHS, cases[:, 0], cases[:, 1]), np.float64)
 
@@ -94,14 +99,14 @@ def rotated(overlaps=(0.3, 0.6, 0.9), d=64, r=8, steps=600):
         g = (z * scale) @ u.T
         streams.append(g)
         measured.append(((g @ u[:, :r]) ** 2).sum() / (g**2).sum())
-    basis = jnp.asarray(u[:, :r], jnp.float32)
+    basis = np.float32(u[:, :r])
 
     def one(grads, strength, second_moment):
         tx = metered(strength, b2=0.99, second_moment=second_moment)
         state = install(tx.init(grads[0]), basis=basis)
         return gain(run(tx, grads, state=state)[1])
 
-    streams = jnp.asarray(np.stack(streams)[..., None], jnp.float32)
+    streams = np.float32(np.stack(streams)[..., None])
 
     def table(second_moment):
         f = functools.partial(one, second_moment=second_moment)
@@ -137,13 +142,13 @@ def test_raw_second_moment_has_no_inflation_and_max_never_inflates():
 
 def after_switch(q, reset, strength=0.5, b2=0.9, steps=40):
     """Inflation at each step after a switch; old raw nu is q times the new one."""
-    sign = jnp.sign(normal(0, 200 + steps, 8, 1))
+    sign = signs(200 + steps)
     old, new = sign[:200] * jnp.sqrt(q), sign[200:][:steps]
     tx = metered(strength, b2=b2, eps=0.0)
     _, state = run(tx, old)
     if reset:
         state = optax_cl.reset_state(state)
-    state = install(state, basis=jnp.eye(8))
+    state = install(state, basis=np.eye(8, dtype=np.float32))
 
     def step(state, g):
         _, state = tx.update(g, state, g)
@@ -155,7 +160,7 @@ def after_switch(q, reset, strength=0.5, b2=0.9, steps=40):
 @functools.cache
 def transients():
     f = jax.jit(jax.vmap(functools.partial(after_switch, reset=False)))
-    return np.asarray(f(jnp.array([0.25, 1.0, 4.0])), np.float64)
+    return np.asarray(f(np.float32([0.25, 1.0, 4.0])), np.float64)
 
 
 def test_transient_after_a_switch_with_carried_moments():
@@ -196,7 +201,7 @@ def test_reset_moments_inflate_at_once():
 
 
 def test_gain_meter_changes_nothing_and_keeps_shapes():
-    grads = normal(0, 5, 8, 2)
+    grads = np.asarray(normal(0, 5, 8, 2))
     adam = optax_cl.scale_by_decoupled_adam
     plain = optax_cl.protect(8, optax_cl.attenuate(0.5), adam(b2=0.9))
     state = install(plain.init(grads[0]), basis=orthonormal(0, 8, 8))
@@ -211,13 +216,15 @@ def test_gain_meter_changes_nothing_and_keeps_shapes():
 @pytest.mark.parametrize("b2", [0.0, 0.9, 0.99])
 def test_shadow_decays_as_the_moment_inside(b2):
     # The scale of the gradient grows: another decay would read another scale.
-    grads = normal(0, 40, 8, 2) * jnp.logspace(0, 2, 40)[:, None, None]
+    grads = np.asarray(normal(0, 40, 8, 2)) * np.float32(
+        np.logspace(0, 2, 40)[:, None, None]
+    )
 
     def inflation(strength, eps, **settings):
         adam = optax_cl.scale_by_decoupled_adam(b2=b2, eps=eps, **settings)
         meter = optax_cl.measure_gain(adam, eps=eps)
         tx = optax_cl.protect(8, optax_cl.attenuate(strength), meter)
-        state = install(tx.init(grads[0]), basis=jnp.eye(8))
+        state = install(tx.init(grads[0]), basis=np.eye(8, dtype=np.float32))
         return gain(run(tx, grads, state=state)[1])
 
     assert inflation(0.5, 1e-8, second_moment="raw") == 1.0
@@ -232,24 +239,24 @@ def test_shadow_decays_as_the_moment_inside(b2):
 
 
 def test_decay_is_read_off_masked_and_low_precision_moments():
-    grads = normal(0, 40, 8, 2)
+    grads = np.asarray(normal(0, 40, 8, 2))
     inner = optax_cl.scale_by_decoupled_adam(b2=0.9, second_moment="raw")
     for moments in (optax.masked(inner, True), optax.chain(inner, optax.clip(1.0))):
         meter = optax_cl.measure_gain(moments)
         tx = optax_cl.protect(8, optax_cl.attenuate(0.5), meter)
-        state = install(tx.init(grads[0]), basis=jnp.eye(8))
+        state = install(tx.init(grads[0]), basis=np.eye(8, dtype=np.float32))
         assert gain(run(tx, grads, state=state)[1]) == 1.0
     grads = grads.astype(jnp.bfloat16)
     adam = optax_cl.scale_by_decoupled_adam(second_moment="routed")
     tx = optax_cl.protect(8, optax_cl.attenuate(0.5), optax_cl.measure_gain(adam))
-    state = install(tx.init(grads[0]), basis=jnp.eye(8))
+    state = install(tx.init(grads[0]), basis=np.eye(8, dtype=np.float32))
     _, after = run(tx, grads, state=state)
     np.testing.assert_allclose(gain(after), 2.0, rtol=0.05)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 
 def test_gain_is_one_before_the_first_boundary():
-    grads = normal(0, 3, 8, 2)
+    grads = np.asarray(normal(0, 3, 8, 2))
     assert gain(run(metered(0.5, b2=0.9), grads)[1]) == 1.0
 
 
