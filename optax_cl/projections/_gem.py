@@ -138,6 +138,8 @@ def gem(
             )
         mask = _check_mask(memory_mask)
         memories = _align(memory_updates, updates, len(mask))
+        surgery.check_floating("updates", updates)
+        surgery.check_floating("memory_updates", memories)
         # One tree is negated twice, for the memories would be copied.
         flip = jnp.negative if sign == "descent" else jnp.asarray
         routed = surgery.project_conflicts(

@@ -328,10 +328,13 @@ def test_a_mask_of_other_kind_is_refused():
 
 
 def test_leaves_that_are_no_real_numbers_are_refused():
-    tx, mask = gem(), jnp.ones(1, bool)
-    g = {"w": jnp.ones(2, jnp.int32)}
-    with pytest.raises(TypeError, match="at `w` got int32"):
-        tx.update(g, tx.init(g), memory_updates={"w": g["w"][None]}, memory_mask=mask)
+    real, mask = {"w": jnp.ones(2)}, jnp.ones(1, bool)
+    for sign, dtype in (("gradient", "int32"), ("descent", "bool")):
+        tx, other = gem(sign=sign), {"w": jnp.ones(2, dtype)}
+        for g, row, name in ((other, real, "updates"), (real, other, "memory_updates")):
+            rows = {"w": row["w"][None]}
+            with pytest.raises(TypeError, match=f"`{name}` .*at `w` got {dtype}"):
+                tx.update(g, tx.init(g), memory_updates=rows, memory_mask=mask)
 
 
 def test_settings_out_of_range_are_refused():
