@@ -32,7 +32,8 @@ def check_logits(name: str, logits: Any) -> jax.Array:
             f"`{name}` must have shape [..., C], at least one class on the last axis; "
             f"got shape {logits.shape}."
         )
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # `promote_types` knows no eight bits.
+    return logits.astype(jnp.float32) if logits.dtype.itemsize < 4 else logits
 
 
 def check_partner(name: str, partner: Any, logits: jax.Array) -> jax.Array:

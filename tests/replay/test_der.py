@@ -79,6 +79,13 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert losses.dtype == jnp.float32 and grad.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_logits_may_be_stored_in_eight_bits(dtype):
+    z, stored = normal(0, 4, C), normal(1, 4, C).astype(dtype)
+    expected = der_loss(z, stored.astype(jnp.float32))
+    np.testing.assert_array_equal(der_loss(z, stored), expected)
+
+
 def test_infinite_logits_give_no_nan():
     some = np.array([np.inf, -np.inf, 3e38, -3e38, 0.0], np.float32)
     z, stored = (jnp.asarray(a.reshape(-1, 1)) for a in np.meshgrid(some, some))
