@@ -46,6 +46,11 @@ def train(params, state, data, key, strength):
 
 
 @jax.jit
+def next_task(state, params, stats):
+    return tasks.begin_task(tasks.end_task(state, params, stats), params)
+
+
+@jax.jit
 def accuracy(params, data):
     return jnp.mean(logits(params, data).argmax(1) == data["y"])
 
@@ -78,7 +83,7 @@ def final_accuracies(seed, strength):
         rows = [slice(0, 200), slice(200, 300)]
         batches = [jax.tree.map(lambda x, r=r: x[r], data) for r in rows]
         stats = tasks.collect(state, params, batches, task=TASK, key=key_fisher)
-        state = tasks.begin_task(tasks.end_task(state, params, stats), params)
+        state = next_task(state, params, stats)
     return np.array([accuracy(params, test) for _, test in stream])
 
 
