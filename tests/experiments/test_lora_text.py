@@ -305,7 +305,7 @@ def warmed(tiny):
     table = 30 * data.frozen["embed"]["embedding"]
     frozen = data.frozen | {"embed": {"embedding": table}}
     settings, data = settings._replace(batch=16), data._replace(frozen=frozen)
-    adapted, losses = mining.warm_up(settings, data, 200, 1e-2)
+    adapted, losses = mining.warm_up(settings, data, 60, 2e-2)
     return settings, data, data._replace(adapted=adapted), losses
 
 
@@ -325,7 +325,7 @@ def test_the_warm_up_learns_nothing_of_what_is_right(warmed):
         target=before.words[:, None, :1] + 0 * before.train.target,
         answer=1 - before.train.answer,
     )
-    turned, _ = mining.warm_up(settings, before._replace(train=train), 200, 1e-2)
+    turned, _ = mining.warm_up(settings, before._replace(train=train), 60, 2e-2)
     jax.tree.map(np.testing.assert_array_equal, turned, after.adapted)
 
 
