@@ -138,7 +138,8 @@ def test_a_mean_over_the_batch_is_refused_by_protect(name):
 
 def test_a_mean_over_the_batch_is_refused_by_a_memory_of_gradients():
     targets = lora.targets(make_params(), {"w": 1}, alpha=1.0)
-    adapters = lora.eblora_init(targets, {"w": jnp.eye(4, 3)})
+    s = jnp.array(-0.5, jnp.float32)
+    adapters = {"w": lora.Spectral(s, u=jnp.eye(3, 1), v=jnp.eye(4, 1))}
     tx = lora.eblora(optax.adam(0.1), targets=targets, memory_rank=2)
 
     def mean_loss(both, batch):
