@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_cl
-from optax_cl import lora, penalties, recipes, testing
+from optax_cl import isolation, lora, penalties, recipes, testing
 
 Schedulable = optax.ScalarOrSchedule
 
@@ -183,6 +183,11 @@ def _ogd():
     # Of four numbers at least two stay free.
     ogd = optax_cl.ogd(1, samples=2, overflow="drop")
     return optax_cl.scale_by_decoupled_adam(), ogd, optax.scale(-LR)
+
+
+def _packnet():
+    adam = optax_cl.scale_by_decoupled_adam()
+    return adam, optax.scale(-LR), isolation.packnet()
 
 
 def _mix_replay(rho: Schedulable = 0.25):
@@ -424,6 +429,7 @@ ENTRIES: dict[str, Entry] = {
     "ogd": _captured(_ogd),
     "olora": _captured(_olora)._replace(needs_matrix=True),
     "olora[fro]": _captured(_olora_fro)._replace(needs_matrix=True),
+    "packnet": _captured(_packnet),
     "olora_project": _captured(_olora_project)._replace(needs_matrix=True),
     "project": _captured(_project)._replace(needs_matrix=True),
     "protect": _captured(_protect_links)._replace(needs_matrix=True),

@@ -78,6 +78,8 @@ def test_every_argument_that_takes_a_schedule_is_tried_with_one():
 
 # The stream moves parameters as it likes, off the manifold too.
 @pytest.mark.filterwarnings("ignore:`eblora` found its factors elsewhere")
+# And it prunes nothing.
+@pytest.mark.filterwarnings("ignore:`packnet` has no weight free")
 @pytest.mark.parametrize(
     "name",
     [

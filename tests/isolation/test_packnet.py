@@ -1,0 +1,207 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_cl
+from optax_cl.isolation import packnet, packnet_params, packnet_prune
+from tests.arrays import distance, normal
+
+KEY = jax.random.key(0)
+
+
+def make_params(seed=0):
+    return {
+        "first": normal(seed, 6, 8) / 2,
+        "bias": normal(seed + 1, 8) / 2,
+        "second": normal(seed + 2, 8, 3) / 2,
+    }
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["first"] + params["bias"][None]) @ params["second"]
+
+
+def boundary(state, params):
+    stats = optax_cl.collect(state, params, [np.ones(1)], task=optax_cl.Task(), key=KEY)
+    return optax_cl.end_task(state, params, stats)
+
+
+def owner_of(state):
+    return jax.tree.map(np.asarray, state[-1].owner)
+
+
+# Momentum and weight decay, which a mask on gradients would let through.
+TX = optax.chain(optax.adamw(0.05, weight_decay=0.1), packnet())
+
+
+@jax.jit
+def train(params, state, x, y):
+    def step(_, carry):
+        params, state = carry
+        grads = jax.grad(lambda p: jnp.mean((network(p, x) - y) ** 2))(params)
+        updates, state = TX.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.lax.fori_loop(0, 40, step, (params, state))
+
+
+prune = jax.jit(packnet_prune)
+
+
+@pytest.fixture(scope="module")
+def three_tasks():
+    """States and parameters: after training, pruning and retraining of each task."""
+    params = make_params()
+    state = TX.init(params)
+    seen = []
+    for task in range(3):
+        x, y = normal(10 + task, 12, 6), normal(20 + task, 12, 3)
+        trained, state = train(params, state, x, y)
+        state, pruned = prune(state, trained, 0.6)
+        params, retrained = train(pruned, state, x, y)
+        losses = [float(np.mean((network(p, x) - y) ** 2)) for p in (pruned, params)]
+        seen.append((trained, pruned, params, owner_of(retrained), losses))
+        state = boundary(retrained, params)
+    return seen, state, params, x
+
+
+def test_what_a_task_computes_with_never_changes_to_the_bit(three_tasks):
+    seen, state, final, x = three_tasks
+    for task, (_, _, params, _, _) in enumerate(seen, start=1):
+        then = network(packnet_params(state, params, task), x)
+        now = network(packnet_params(state, final, task), x)
+        assert np.array_equal(then, now)
+        # And it is all that the network was then.
+        assert np.array_equal(then, network(params, x))
+    assert distance(seen[0][2], final) > 0.1  # while the parameters moved
+
+
+def test_each_task_learns_on_its_own_weights_and_reads_those_before(three_tasks):
+    for _, _, _, _, (pruned, retrained) in three_tasks[0]:
+        assert retrained < pruned
+
+
+def test_exactly_the_smallest_of_the_tasks_own_weights_become_zero_and_free(
+    three_tasks,
+):
+    taken = {"first": np.zeros((6, 8), bool), "second": np.zeros((8, 3), bool)}
+    for task, (trained, pruned, params, owner, _) in enumerate(three_tasks[0], 1):
+        for name, before in taken.items():
+            own = ~before
+            w = np.abs(np.asarray(trained[name]))
+            freed = np.asarray(owner[name]) == 0
+            assert freed.sum() == round(0.6 * own.sum()) and not (freed & before).any()
+            assert w[freed].max() <= w[own & ~freed].min()
+            for zero in (pruned, params):  # and stay so while the others are retrained
+                assert not np.asarray(zero[name])[freed].any()
+            assert (owner[name][own & ~freed] == task).all()
+            taken[name] = before | (own & ~freed)
+
+
+def test_biases_belong_to_the_first_task(three_tasks):
+    biases = [params["bias"] for _, _, params, _, _ in three_tasks[0]]
+    assert np.array_equal(biases[0], biases[2])
+    assert (owner_of(three_tasks[1])["bias"] == 1).all()
+
+
+def test_a_mask_on_gradients_would_not_do():
+    # Weight decay and momentum behind it move what belongs to others.
+    tx = optax.chain(packnet(), optax.adamw(0.05, weight_decay=0.1))
+    params = make_params()
+    state = tx.init(params)
+    for task in range(2):
+        updates, state = tx.update(make_params(5), state, params)
+        before, params = params, optax.apply_updates(params, updates)
+        if task == 0:
+            state, params = prune(state, params, 0.5)
+            state = boundary(state, params)
+    kept = np.asarray(state[0].owner["first"]) == 1
+    assert np.abs(np.asarray(params["first"] - before["first"])[kept]).min() > 1e-3
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1 / 3, 0.5, 1.0])
+def test_the_share_is_exact_among_equal_weights(fraction):
+    params = {"kernel": np.ones((3, 6), np.float32)}
+    tx = packnet()
+    state, pruned = prune(tx.init(params), params, fraction)
+    free = np.asarray(state.owner["kernel"]) == 0
+    assert free.sum() == round(fraction * 18)
+    assert np.array_equal(pruned["kernel"] == 0, free)
+
+
+def test_stacked_layers_are_pruned_each_by_itself():
+    tx = packnet(matrices=optax_cl.matrix_views(stacked="kernel"))
+    w = normal(0, 3, 4, 5) * jnp.array([1.0, 10.0, 100.0])[:, None, None]
+    state, _ = packnet_prune(tx.init({"kernel": w}), {"kernel": w}, 0.5)
+    free = np.asarray(state.owner["kernel"]) == 0
+    assert (free.sum((1, 2)) == 10).all()
+
+
+def test_nothing_is_compiled_again_over_tasks_and_shapes_stay():
+    params = make_params()
+    state = TX.init(params)
+    x, y = normal(1, 12, 6), normal(2, 12, 3)
+    sizes = []
+    for _ in range(3):
+        params, state = train(params, state, x, y)
+        state, params = prune(state, params, 0.5)
+        state = boundary(state, params)
+        sizes.append((train._cache_size(), prune._cache_size()))
+    assert sizes[0] == sizes[2]
+    kinds = jax.tree.map(lambda a: (a.shape, a.dtype), TX.init(params))
+    assert kinds == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+
+
+def test_hidden_leaves_and_integers_belong_to_nobody():
+    params = {**make_params(), "steps": np.ones(2, np.int32)}
+    hide = {"first": True, "bias": True, "second": False, "steps": True}
+    tx = optax.masked(packnet(), hide)
+    state, pruned = packnet_prune(tx.init(params), params, 0.5)
+    assert np.array_equal(pruned["second"], params["second"])
+    assert np.array_equal(pruned["steps"], params["steps"])
+    assert np.sum(np.asarray(pruned["first"]) == 0) == 24
+    state = boundary(state, pruned)
+    updates, _ = tx.update(jax.tree.map(np.ones_like, params), state, pruned)
+    assert (np.asarray(updates["second"]) == 1).all()
+    assert np.sum(np.asarray(updates["first"]) == 1) == 24
+
+
+def test_half_precision_keeps_its_dtype():
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), make_params())
+    tx = packnet()
+    state, pruned = packnet_prune(tx.init(half), half, 0.5)
+    updates, _ = tx.update(half, state, pruned)
+    for tree in (pruned, updates, packnet_params(state, pruned, 1)):
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(tree))
+
+
+def test_mistakes_are_named():
+    params, tx = make_params(), packnet()
+    state = tx.init(params)
+    with pytest.warns(UserWarning, match=r"no weight free.*packnet_prune"):
+        boundary(state, params)
+    with pytest.raises(ValueError, match="`fraction`"):
+        packnet_prune(state, params, 1.5)
+    with pytest.raises(ValueError, match="`task`"):
+        packnet_params(state, params, 0)
+    with pytest.raises(ValueError, match=r"one PacknetState; found 0"):
+        packnet_prune(optax.sgd(0.1).init(params), params, 0.5)
+    with pytest.raises(ValueError, match=r"one PacknetState; found 2"):
+        packnet_params((state, state), params, 1)
+    with pytest.raises(TypeError, match="complex"):
+        tx.init({"kernel": np.zeros((2, 2), np.complex64)})
+    with pytest.raises(ValueError, match="embeddings"):
+        tx.init({"embedding": np.zeros((9, 2), np.float32)})
+    wrong = {**params, "first": np.zeros((6, 7), np.float32)}
+    for call in (
+        lambda: tx.update(wrong, state),
+        lambda: packnet_prune(state, wrong, 0.5),
+        lambda: packnet_params(state, wrong, 1),
+    ):
+        with pytest.raises(ValueError, match=r"at `first` got \(6, 7\)"):
+            call()
+    full = state._replace(task=np.uint8(255))
+    with pytest.raises(ValueError, match="255 tasks"):
+        boundary(full, params)
