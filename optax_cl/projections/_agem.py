@@ -175,6 +175,8 @@ def agem(
                 "`optax.tree.zeros_like(grads)`."
             )
         ref = trees.align("reference_updates", reference_updates, updates)
+        surgery.check_floating("updates", updates)
+        surgery.check_floating("reference_updates", ref)
         if decay is not None:
             ref = _moving_average(state.reference, ref, decay)
             state = state._replace(reference=ref)

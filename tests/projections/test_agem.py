@@ -426,6 +426,16 @@ def test_a_decay_outside_its_interval_is_refused(decay):
         agem(decay=decay)
 
 
+def test_leaves_that_are_no_real_numbers_are_refused():
+    real, whole = {"w": jnp.ones(2)}, {"w": jnp.ones(2, jnp.int32)}
+    tx = agem()
+    for g, ref, name in ((whole, real, "updates"), (real, whole, "reference_updates")):
+        with pytest.raises(
+            TypeError, match=f"`{name}` must hold real.*at `w` got int3"
+        ):
+            tx.update(g, tx.init(real), reference_updates=ref)
+
+
 def test_unknown_choices_are_refused():
     with pytest.raises(TypeError, match="`decay` must be a number"):
         agem(decay="0.9")
