@@ -252,10 +252,10 @@ def test_in_bfloat16_every_merge_rounds_the_kernel_and_no_more():
         return x @ params["kernel"].astype(jnp.float32)
 
     params = {"kernel": np.asarray(PARAMS["kernel"]).astype(jnp.bfloat16)}
-    params = merge(TARGETS, params, learned[0])
+    params = lora.merge(TARGETS, params, learned[0])
     before, room = np.asarray(outputs(params)), 0.0
     for adapters in learned[1:]:
-        params = merge(TARGETS, params, adapters)
+        params = lora.merge(TARGETS, params, adapters)
         # Half a unit in the last of eight places, of every entry.
         room += np.abs(x) @ np.abs(np.float32(params["kernel"])) * 2.0**-8
     moved = np.abs(outputs(params) - before)
