@@ -1,14 +1,16 @@
 """Replay: keep a few items of the stream, and let their gradient take part.
 
 A reservoir holds a uniform sample of everything seen so far, in arrays of fixed size;
-``mix_replay`` blends the gradient on a batch from it into the current one. Two
-losses use what is stored: ``der_loss`` holds the outputs to old ones (DER, DER++),
-``er_ace_loss`` keeps new examples from pushing old classes down.
+``mix_replay`` blends the gradient on a batch from it into the current one; ``herding``
+chooses by features instead of by chance. Two losses use what is stored: ``der_loss``
+holds the outputs to old ones (DER, DER++), ``er_ace_loss`` keeps new examples from
+pushing old classes down.
 """
 
 from optax_cl.replay._der import der_loss as der_loss
 from optax_cl.replay._er_ace import classes_in as classes_in
 from optax_cl.replay._er_ace import er_ace_loss as er_ace_loss
+from optax_cl.replay._herding import herding as herding
 from optax_cl.replay._mixing import MixReplayState as MixReplayState
 from optax_cl.replay._mixing import mix_replay as mix_replay
 from optax_cl.replay._reservoir import Reservoir as Reservoir
@@ -22,6 +24,7 @@ __all__ = [
     "classes_in",
     "der_loss",
     "er_ace_loss",
+    "herding",
     "mix_replay",
     "reservoir_add",
     "reservoir_init",
