@@ -275,7 +275,10 @@ def _end_task(state, params, results):
     state = _close_step(state, params)
 
     def importance_of(w, f, start, p):
-        new = w / (jnp.square(jnp.asarray(p, w.dtype) - start) + state.damping)
+        # The states of several seeds may be stacked in one: their axes are the first.
+        axes = range(state.damping.ndim, w.ndim)
+        damping = jnp.expand_dims(state.damping, tuple(axes))
+        new = w / (jnp.square(jnp.asarray(p, w.dtype) - start) + damping)
         if state.rules.clamp == "increment":
             return jnp.maximum(new, 0)
         if state.rules.clamp == "cumulative":

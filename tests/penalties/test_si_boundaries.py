@@ -189,6 +189,23 @@ def test_seeds_under_vmap_are_runs_of_their_own():
     assert (row.method, row.tasks, row.capacity) == ("Si", 2, None)
 
 
+def test_stacked_states_end_a_task_without_vmap_as_with_it():
+    # Three seeds with a damping each; the leaf's last axis is as long.
+    dampings, params = jnp.array([0.1, 1.0, 10.0]), jnp.ones((3, 2, 3))
+
+    def first_step(damping, params):
+        tx = si(1.0, damping=damping)
+        return tx.update(params, tx.init(params), params)[1]
+
+    states, ends = jax.vmap(first_step)(dampings, params), params - 0.5
+    together = optax_cl.end_task(states, ends, NOTHING)
+    apart = jax.vmap(lambda s, p: optax_cl.end_task(s, p, NOTHING))(states, ends)
+    chex.assert_trees_all_close(together, apart, rtol=1e-6)
+    np.testing.assert_allclose(
+        together.memory.importance[:, 0, 0], 0.5 / (0.25 + dampings), rtol=1e-6
+    )
+
+
 def test_memory_is_five_trees_and_never_grows():
     tx, params = si(1.0), as_arrays(START)
     state = tx.init(params)
