@@ -2,6 +2,7 @@
 
 from optax_cl import boundaries as boundaries
 from optax_cl import distillation as distillation
+from optax_cl import editing as editing
 from optax_cl import isolation as isolation
 from optax_cl import lora as lora
 from optax_cl import metrics as metrics

@@ -1,0 +1,143 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_cl.editing import edit_kernel
+from tests.arrays import distance, normal
+
+IN, OUT = 8, 5
+
+
+def problem(seed=0, n=1):
+    """A kernel, keys, values and the second moment of correlated inputs."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(200, IN)) @ rng.normal(size=(IN, IN))
+    arrays = (
+        rng.normal(size=(IN, OUT)),
+        rng.normal(size=(n, IN)),
+        rng.normal(size=(n, OUT)),
+        inputs.T @ inputs / 200,
+    )
+    return tuple(np.float32(a) for a in arrays)
+
+
+def in_float64(w, k, v, c, damping=0.0):
+    w, k, v, c = (np.float64(a) for a in (w, k, v, c))
+    inverse = np.linalg.inv(c)
+    middle = damping * np.eye(len(k)) + k @ inverse @ k.T
+    return w + inverse @ k.T @ np.linalg.solve(middle, v - k @ w)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("damping", [0.0, 2.0])
+def test_edits_against_the_closed_form_in_float64(n, damping):
+    arrays = problem(1, n)
+    found = edit_kernel(*arrays, damping=damping, ridge=0.0)
+    np.testing.assert_allclose(found, in_float64(*arrays, damping), atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_keys_are_answered_with_their_values_whatever_the_ridge(n):
+    w, k, v, c = problem(2, n)
+    for ridge in (1e-5, 1.0):
+        edited = edit_kernel(w, k, v, c, ridge=ridge)
+        np.testing.assert_allclose(k @ np.asarray(edited), v, atol=2e-5)
+        change = np.asarray(edited) - w
+        assert np.linalg.matrix_rank(change, tol=1e-4) == n
+
+
+def test_no_other_change_that_answers_them_costs_less():
+    w, k, v, c = problem(3, 2)
+    change = np.float64(edit_kernel(w, k, v, c, ridge=0.0)) - w
+    cost = np.trace(change.T @ c @ change)
+    off = np.eye(IN) - np.linalg.pinv(k) @ k  # directions that no key sees
+    for seed in range(20):
+        other = change + 0.1 * off @ np.asarray(normal(seed, IN, OUT))
+        np.testing.assert_allclose(k @ (w + other), v, atol=1e-4)
+        assert np.trace(other.T @ c @ other) > cost
+
+
+def test_inputs_unrelated_to_the_key_are_answered_as_before():
+    w, k, v, c = problem(4)
+    edited = np.asarray(edit_kernel(w, k, v, c, ridge=0.0))
+    direction = np.linalg.solve(np.float64(c), k[0])
+    x = np.asarray(normal(5, 20, IN), np.float64)
+    x -= np.outer(x @ direction, direction) / (direction @ direction)
+    np.testing.assert_allclose(x @ edited, x @ w, atol=1e-4)
+    # And others by their share along it.
+    x = np.asarray(normal(6, 20, IN), np.float64)
+    share = x @ direction / (k[0] @ direction)
+    np.testing.assert_allclose(
+        x @ (edited - w), np.outer(share, v[0] - k[0] @ w), atol=1e-4
+    )
+
+
+def test_damping_writes_a_share_of_a_single_edit():
+    w, k, v, c = problem(7)
+    s = float(k[0] @ np.linalg.solve(np.float64(c), k[0]))
+    whole = np.asarray(edit_kernel(w, k, v, c, ridge=0.0)) - w
+    for damping in (0.1, 1.0, 10.0):
+        part = np.asarray(edit_kernel(w, k, v, c, damping=damping, ridge=0.0)) - w
+        np.testing.assert_allclose(part, whole * s / (damping + s), atol=1e-5)
+
+
+def test_damped_edits_are_those_of_the_other_form():
+    w, k, v, c = (np.float64(a) for a in problem(8, 3))
+    other = w + np.linalg.solve(2.0 * c + k.T @ k, k.T @ (v - k @ w))
+    found = edit_kernel(*problem(8, 3), damping=2.0, ridge=0.0)
+    np.testing.assert_allclose(found, other, atol=1e-4)
+
+
+def test_what_is_known_already_changes_nothing():
+    w, k, _, c = problem(9, 2)
+    assert distance(edit_kernel(w, k, k @ w, c), w) < 1e-5
+
+
+def test_a_fact_given_twice_counts_once_and_two_values_of_one_key_are_averaged():
+    w, k, v, c = problem(10)
+    once = edit_kernel(w, k, v, c)
+    twice = edit_kernel(w, np.tile(k, (2, 1)), np.tile(v, (2, 1)), c)
+    assert distance(once, twice) < 1e-4
+    both = edit_kernel(w, np.tile(k, (2, 1)), np.concatenate([v, -v]), c)
+    assert np.abs(k @ np.asarray(both)).max() < 1e-4
+
+
+def test_layers_are_edited_at_once_and_inside_jit():
+    stacked = [np.stack(a) for a in zip(problem(11, 2), problem(12, 2), strict=True)]
+    together = jax.jit(jax.vmap(edit_kernel))(*stacked)
+    for i, found in enumerate(together):
+        assert distance(found, edit_kernel(*problem(11 + i, 2))) < 1e-5
+
+
+def test_half_precision_is_computed_in_float32():
+    w, k, v, c = problem(13)
+    half = jnp.asarray(w, jnp.bfloat16)
+    edited = edit_kernel(half, k, v, c)
+    assert edited.dtype == jnp.bfloat16
+    expected = edit_kernel(np.float32(half), k, v, c).astype(jnp.bfloat16)
+    assert distance(edited, expected) == 0
+
+
+def test_mistakes_are_named():
+    w, k, v, c = problem(14, 2)
+    nan = c.copy()
+    nan[0, 0] = np.nan
+    zero = k.copy()
+    zero[1] = 0
+    for arguments, error, message in (
+        ((w[0], k, v, c), ValueError, r"`kernel` must be `\[in, out\]`.*jax.vmap"),
+        ((w, k[:, :3], v, c), ValueError, r"`keys` must be of shape \(2, 8\)"),
+        ((w, k, v[:1], c), ValueError, r"`values` must be of shape \(2, 5\)"),
+        ((w, k, v, c[:3]), ValueError, r"`covariance` must be of shape \(8, 8\)"),
+        ((w, np.int32(k), v, c), TypeError, "`keys` must be real and floating"),
+        ((w, k, v, nan), ValueError, "`covariance` must be finite"),
+        ((w, k, v, np.triu(c)), ValueError, "`covariance` must be symmetric"),
+        ((w, k, v, -c), ValueError, "positive semi-definite"),
+        ((w, k, v, 0 * c), ValueError, "and not zero"),
+        ((w, zero, v, c), ValueError, "`keys` has zeros in row 1"),
+    ):
+        with pytest.raises(error, match=message):
+            edit_kernel(*arguments)
+    with pytest.raises(ValueError, match="`damping`"):
+        edit_kernel(w, k, v, c, damping=-1.0)
