@@ -152,12 +152,18 @@ def consolidate(
     Returns:
       The memory of all tasks.
     """
-    rules = memory.rules
     shape = memory.importance
     params = trees.align_structure("params", params, shape)
     checks.check_same_shapes(
         "params", params, _slot(memory), "what the optimizer state was made for"
     )
+    importance = trees.align_structure("importance", importance, shape)
+    return _consolidated(memory, importance, params)
+
+
+@jax.jit  # a boundary is mostly called outside jit, and this is many small operations
+def _consolidated(memory, importance, params):
+    rules, shape = memory.rules, memory.importance
     # An entry that is not finite protects nothing, rather than spoil all later steps.
     # Nor is there an anchor where a parameter is not finite: zero times NaN is NaN.
     new = jax.tree.map(
@@ -165,7 +171,7 @@ def consolidate(
             s.dtype
         ),
         shape,
-        trees.align_structure("importance", importance, shape),
+        importance,
         params,
     )
     at = jax.tree.map(

@@ -11,6 +11,8 @@ _RIDGE = 32
 _SLACK = 4
 
 
+# Called by itself, outside any jit, the loop would be compiled anew each time.
+@jax.jit
 def minimise(matrix: chex.Array, linear: chex.Array) -> chex.Array:
     r"""Minimises a convex quadratic over the non-negative orthant.
 

@@ -162,6 +162,7 @@ def project_conflicts(
     return _add_rows(g, refs, jnp.where(finite, coefficients, 0))
 
 
+@jax.jit  # so that eager calls don't compile the loop anew
 def _add_rows(
     g: chex.ArrayTree, refs: chex.ArrayTree, coefficients: chex.Array
 ) -> chex.ArrayTree:

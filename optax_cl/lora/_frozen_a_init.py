@@ -1,5 +1,6 @@
 """The start of a frozen input side: where past tasks are not."""
 
+import functools
 from collections.abc import Mapping
 
 import chex
@@ -89,6 +90,7 @@ def frozen_a_init(
     return adapters
 
 
+@functools.partial(jax.jit, static_argnames="r")
 def _leading_off(memory: chex.Array, f: chex.Array, r: int) -> chex.Array:
     """The r leading left singular vectors of ``(I - M M^T) F``, filled up if fewer."""
     finite = jnp.all(jnp.isfinite(f), axis=(-2, -1), keepdims=True)

@@ -310,7 +310,12 @@ def _passes(state):
 
 def _end_task(state, params, results):
     del params
-    rows = trees.align_structure("rows", results["logit_gradients"], state.directions)
+    rows = results["logit_gradients"]
+    return _stored(state, trees.align_structure("rows", rows, state.directions))
+
+
+@jax.jit  # a boundary is mostly called outside jit, where the loop would compile anew
+def _stored(state, rows):
     new = _new_directions(_bank(state), rows)
     # A task too many has no place, and its row is dropped.
     directions = jax.tree.map(

@@ -334,8 +334,14 @@ def _passes(state: ProtectState) -> tuple[tasks.Pass, ...]:
 
 
 def _end_task(state, params, results):
-    new = results["basis"]
     params = trees.align_structure("params", params, state.basis)
+    own = state._replace(inner=())
+    return _consolidated(own, params, results)._replace(inner=state.inner)
+
+
+@jax.jit  # a boundary is mostly called outside jit, and this is many small operations
+def _consolidated(state, params, results):
+    new = results["basis"]
     anchor, curvature = state.anchor, state.curvature
     if anchor is not None:
         anchor = subspaces.coefficients(state.settings.views, new["basis"], params)

@@ -178,7 +178,7 @@ def test_cancelling_memories_leave_a_finite_result_that_is_not_longer():
         assert (unit(rows) @ out >= -5e-4 * np.linalg.norm(g)).all()
 
 
-def test_rounding_does_not_send_the_program_in_circles(monkeypatch):
+def test_rounding_does_not_send_the_program_in_circles(monkeypatch, request):
     # Where rows depend on each other a gradient is zero but for rounding; whoever takes
     # its sign for a fact goes on to the limit, of 18 systems.
     systems, solve = [], nonnegative._solve_on
@@ -188,6 +188,8 @@ def test_rounding_does_not_send_the_program_in_circles(monkeypatch):
         return solve(*args)
 
     monkeypatch.setattr(nonnegative, "_solve_on", counted)
+    nonnegative.minimise.clear_cache()
+    request.addfinalizer(nonnegative.minimise.clear_cache)
     run = jax.jit(lambda g, rows: route.__wrapped__(g, rows))  # traced anew
     for seed in (5, 12, 26):
         systems.clear()
