@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
         ("attenuation", lambda: [attenuation_row(args.pairs)]),
         ("training", lambda: [training_row(args.pairs)]),
         ("eblora", lambda: eblora.rows(args.pairs)),
-        ("adapters", lambda: lora_training.rows(max(3, args.pairs // 5))),
+        ("adapters", lambda: lora_training.rows(max(3, args.pairs // 2))),
         ("retractions", lambda: retraction_rows(max(3, args.pairs // 3))),
         ("digits", lambda: digits_rows(max(3, args.pairs // 3))),
         ("compile", lambda: [compile_row(5)]),

@@ -118,7 +118,8 @@ def eblora(
     **Memory.** The states of the inner optimizers; M, ``[in, p]`` per kernel; masters
     if needed. **Work per step** and factor ``[d, r]``: seven products of ``d r^2``
     (two each for gradient, step and retraction, one for ``drift``) and, for V, six of
-    ``d p r``. Factors of one shape are computed as one stack.
+    ``d p r``. Factors of one shape are computed as one stack;
+    what is a stack of 16 or more already goes by itself.
 
     Args:
       directions: Optimizer of U, V and all other leaves, learning rate included.
