@@ -241,11 +241,12 @@ def _project():
 def _measure():
     inside = (
         optax_cl.measure("overlap"),
-        optax_cl.attenuate(0.5),
+        optax_cl.attenuate(0.5, weighted=True),
         optax_cl.measure("strength"),
-        optax_cl.scale_by_decoupled_adam(),
+        optax_cl.measure_gain(optax_cl.scale_by_decoupled_adam()),
         optax_cl.measure("cosine"),
         optax_cl.measure("leak"),
+        optax_cl.project(),
     )
     return optax_cl.protect(1, *inside), optax.scale(-LR)
 
@@ -377,6 +378,10 @@ def _olora_project():
 # that only the slow tests hold to the whole contract.
 SLOW = (
     *_recipes(),
+    # `measure` has them all in one chain.
+    "attenuate",
+    "measure_gain",
+    "project",
     # Built of `optax_cl.chain`, as the rows of single links are: `mix_replay` has the
     # same chain, `scale_by_decoupled_adam` the same capture around its own.
     "capture_raw",

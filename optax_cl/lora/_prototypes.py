@@ -120,13 +120,18 @@ def prototypes_add(
       Chan, Golub and LeVeque, `Algorithms for Computing the Sample Variance
       <https://doi.org/10.1080/00031305.1983.10483115>`_, 1983
     """
-    tasks, classes, dim = prototypes.mean.shape
+    tasks, _, dim = prototypes.mean.shape
     _check_features(features, dim)
     if checks.is_concrete_number(task) and not 0 <= task < tasks:
         raise ValueError(f"`task` must be in [0, {tasks}), the capacity; got {task}.")
     task = _ids("task", task, features)
     labels = _ids("labels", 0 if labels is None else labels, features)
+    return _added(prototypes, features, task, labels)
 
+
+@jax.jit  # outside jit it would be forty small programs for each size of a batch
+def _added(prototypes, features, task, labels):
+    tasks, classes, dim = prototypes.mean.shape
     x = features.astype(jnp.float32)
     valid = jnp.isfinite(x).all(-1) & (task >= 0) & (task < tasks)
     valid &= (labels >= 0) & (labels < classes)
@@ -205,6 +210,11 @@ def mahalanobis(prototypes: Prototypes, shrinkage: chex.Numeric = 0.1) -> Router
       matrices <https://doi.org/10.1016/S0047-259X(03)00096-4>`_, 2004
     """
     checks.check_number("shrinkage", shrinkage, low=0.0, high=1.0)
+    return _whitened(prototypes, shrinkage)
+
+
+@jax.jit
+def _whitened(prototypes, shrinkage):
     dim = prototypes.scatter.shape[-1]
     number = jnp.maximum(jnp.sum(prototypes.count), 1)
     values, vectors = decompositions.eigh(prototypes.scatter / number)
@@ -246,6 +256,11 @@ def route(
     """
     checks.check_number("temperature", temperature, low=0.0, open_low=True)
     _check_features(features, router.centre.shape[0])
+    return _routes(router, features, temperature)
+
+
+@jax.jit  # or a call outside jit would compile its loop anew
+def _routes(router, features, temperature):
     x = features.astype(jnp.float32) - router.centre[None, :]
     if router.whiten is not None:
         x = jnp.matmul(x, router.whiten, precision=PRECISION)
@@ -268,6 +283,7 @@ def route(
     return Routes(jnp.where(known, nearest, -1), weights, distances)
 
 
+@jax.jit
 def _router(prototypes: Prototypes, whiten: chex.Array | None) -> Router:
     filled = prototypes.count > 0
     centre = jnp.sum(jnp.where(filled[..., None], prototypes.mean, 0.0), axis=(0, 1))

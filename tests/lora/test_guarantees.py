@@ -34,11 +34,13 @@ KEY = jax.random.key(0)
 ROUNDING = 1e-5  # of outputs of order one
 
 
+PIXELS, LABELS = load_digits(return_X_y=True)
+
+
 def digits_of(classes):
-    x, y = load_digits(return_X_y=True)
-    rows = np.isin(y, classes)
+    rows = np.isin(LABELS, classes)
     # Every task uses the same three outputs for digits of its own.
-    return np.float32(x[rows] / 16), np.int32(y[rows] % 3)
+    return np.float32(PIXELS[rows] / 16), np.int32(LABELS[rows] % 3)
 
 
 DIGITS = [digits_of(classes) for classes in ([0, 1, 2], [3, 4, 5], [6, 7, 8])]
