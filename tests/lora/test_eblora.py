@@ -1,3 +1,4 @@
+import functools
 import os
 import pathlib
 import subprocess
@@ -158,6 +159,37 @@ def test_stacked_layers_train_as_each_by_itself():
         pick = lambda tree, i=i: jax.tree.map(lambda x: np.asarray(x)[i], tree)  # noqa: E731
         alone = one({PATH: pick(adapters)}, {PATH: pick(gradients)})
         assert distance(pick(together), alone) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [3, 16])
+def test_kernels_of_one_shape_train_as_each_by_itself(layers):
+    # Small stacks are joined to one, large ones are not.
+    kernel = np.zeros((layers, 8, 6), np.float32)
+    both = lora.targets(
+        {"a": kernel, "b": kernel},
+        {"a|b": 2},
+        alpha=2.0,
+        matrices=optax_cl.matrix_views(stacked="a|b"),
+    )
+    adapters, gradients = start(both), start(both, seed=4)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(targets, adapters, gradients):
+        tx = lora.eblora(optax.adam(0.05), targets=targets, memory_rank=3)
+        updates, _ = tx.update(gradients, tx.init(adapters), adapters)
+        return updates
+
+    together = step(both, adapters, gradients)
+    for path in "ab":
+        one = lora.targets(
+            {path: kernel},
+            {path: 2},
+            alpha=2.0,
+            matrices=optax_cl.matrix_views(stacked=path),
+        )
+        alone = step(one, {path: adapters[path]}, {path: gradients[path]})
+        assert distance(together[path], alone[path]) < 1e-6
+        assert distance(alone[path], jax.tree.map(jnp.zeros_like, alone[path])) > 1e-3
 
 
 def test_weight_decay_inside_does_nothing_to_directions_and_shrinks_magnitudes():
