@@ -136,8 +136,8 @@ def basis_pass(
     count as much as a full batch. Each input enters by itself. A leaf whose columns are
     all zero, or not finite, keeps its basis.
 
-    Its result is ``{"basis": U, "energy": e}`` for a state that has ``basis``,
-    ``energy`` and ``threshold``; see ``protect``.
+    Its result is ``{"basis": U, "energy": e, "usable": bool [*batch]}`` for a state
+    that has ``basis``, ``energy`` and ``threshold``; see ``protect``.
     """
     columns = _inputs if statistic == "inputs" else _gradients
 
@@ -189,6 +189,7 @@ def basis_pass(
             return {
                 "basis": jnp.where(usable[..., None, None], basis, u),
                 "energy": jnp.where(usable[..., None], energy, e),
+                "usable": usable,
             }
 
         # Leaves that this pass did not see (hidden by a mask) do not occur: a state's
@@ -198,7 +199,7 @@ def basis_pass(
         split = lambda name: jax.tree.map(  # noqa: E731
             lambda u, m: m[name], state.basis, merged
         )
-        return {"basis": split("basis"), "energy": split("energy")}
+        return {name: split(name) for name in ("basis", "energy", "usable")}
 
     def _merged(u, e, normalised, threshold):
         if memory == "last":

@@ -348,7 +348,13 @@ def _consolidated(state, params, results):
     if curvature is not None:
         task = results["curvature"]
         if state.settings.memory == "last":
-            curvature = trees.copy(task)
+            # Of a basis that was kept, so is what goes with it.
+            curvature = jax.tree.map(
+                lambda used, new, old: jnp.where(used[..., None, None], new, old),
+                new["usable"],
+                task,
+                curvature,
+            )
         else:
             curvature = subspaces.rotate_curvature(
                 state.basis, new["basis"], curvature, task

@@ -1,5 +1,7 @@
 """What a boundary stores of a task: bases, anchors and curvature, against oracles."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 import optax_cl
-from tests.arrays import normal
+from tests.arrays import distance, normal
 from tests.routing.helpers import (
     IN,
     KEY,
@@ -306,3 +308,18 @@ def test_injected_numbers_take_effect_at_the_next_step():
     assert state.inner_state.mean_weight == 0.5
     state = boundary(state, params, make_batches(1))
     assert np.linalg.matrix_rank(np.asarray(state.inner_state.basis["w"])) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_basis_that_is_kept_keeps_its_curvature(value):
+    tx = protected(memory="last", rule=optax_cl.balance())
+    params = make_params()
+    state = boundary(tx.init(params), params, make_batches(0))
+    bad = [{**b, "x": jnp.full_like(b["x"], value)} for b in make_batches(1)]
+    with contextlib.ExitStack() as stack:
+        if value != 0:
+            stack.enter_context(pytest.warns(UserWarning, match="not finite"))
+        after = boundary(state, params, bad)
+    assert distance(after.basis, state.basis) == 0
+    assert distance(after.curvature, state.curvature) == 0
+    assert np.all(np.asarray(state.curvature["w"]) > 0)
