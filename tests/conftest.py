@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 
 # Eight devices decompose at once: LAPACK's own threads would spin for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -29,6 +30,20 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_compiled_programs():
+    """Drops compiled programs before they are too many for one process.
+
+    Each takes some ten pieces of mapped memory. Linux gives a process 65,530 of them,
+    and the compiler crashes for want of one.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
