@@ -1,21 +1,13 @@
 """PackNet against plain fine-tuning on digits with permuted pixels, end to end."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import optax_cl
 from optax_cl.isolation import packnet, packnet_params, packnet_prune
-from tests.penalties.test_ewc_digits import (
-    BATCH,
-    HIDDEN,
-    STEPS,
-    TASK,
-    accuracy,
-    digit_tasks,
-)
+from tests.permuted_digits import accuracy, descend, digit_tasks, start, summary
 
 FREED = 0.75  # after every task but the last; chosen from .5 to .85 on seeds 10 and 11
 TX = optax.chain(optax.adam(2e-3), packnet())
@@ -23,26 +15,13 @@ TX = optax.chain(optax.adam(2e-3), packnet())
 
 @jax.jit
 def train(params, state, data, key):
-    def step(carry, key):
-        params, state = carry
-        rows = jax.random.randint(key, [BATCH], 0, len(data["y"]))
-        batch = jax.tree.map(lambda x: x[rows], data)
-        grads = jax.grad(lambda p: TASK.loss(p, batch).mean())(params)
-        updates, state = TX.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    return jax.lax.scan(step, (params, state), jax.random.split(key, STEPS))[0]
+    return descend(TX, params, state, data, key)
 
 
 def accuracies(seed, fraction):
     """Test accuracy on each task right after it, and at the end."""
     k1, k2, key = jax.random.split(jax.random.key(seed), 3)
-    params = {
-        "w1": jax.random.normal(k1, (64, HIDDEN)) / 8,
-        "b1": jnp.zeros(HIDDEN),
-        "w2": jax.random.normal(k2, (HIDDEN, 10)) / 8,
-        "b2": jnp.zeros(10),
-    }
+    params = start((k1, k2))
     state = TX.init(params)
     stream = digit_tasks(seed)
     after = []
@@ -71,11 +50,10 @@ def test_no_task_loses_anything_and_all_are_learnt():
     ends = {}
     for arm, fraction in (("plain", 0.0), ("packnet", FREED)):
         runs = [accuracies(seed, fraction) for seed in range(5)]
-        after, end = (np.array([run[i] for run in runs]) for i in (0, 1))
+        after = np.array([run[0] for run in runs])
+        end = summary(arm, [run[1] for run in runs])
         if fraction:
             assert np.array_equal(after, end)
-        error = end.mean(1).std(ddof=1) / 5**0.5
-        print(f"{arm}: {end.mean(0).round(3)} {end.mean():.3f} +- {error:.3f}")
         ends[arm] = end
     assert ends["packnet"].min() > 0.8
     np.testing.assert_allclose(

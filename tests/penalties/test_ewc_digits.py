@@ -1,25 +1,15 @@
 """EWC against plain fine-tuning on digits with permuted pixels, end to end."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
 
 import optax_cl
 from optax_cl._core import tasks
 from optax_cl.penalties import ewc
+from tests.permuted_digits import TASK, accuracy, descend, digit_tasks, start
 
-NUM_TASKS, STEPS, BATCH, HIDDEN = 3, 250, 32, 64
 STRENGTH = 10.0  # chosen on seeds 10 and 11, which are not those of the test
-
-
-def logits(params, batch):
-    hidden = jax.nn.relu(batch["x"] @ params["w1"] + params["b1"][None])
-    return hidden @ params["w2"] + params["b2"][None]
-
-
-TASK = tasks.classification(logits, lambda batch: batch["y"])
 
 
 def optimizer(strength):
@@ -32,17 +22,7 @@ def optimizer(strength):
 
 @jax.jit
 def train(params, state, data, key, strength):
-    tx = optimizer(strength)
-
-    def step(carry, key):
-        params, state = carry
-        rows = jax.random.randint(key, [BATCH], 0, len(data["y"]))
-        batch = jax.tree.map(lambda x: x[rows], data)
-        grads = jax.grad(lambda p: TASK.loss(p, batch).mean())(params)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    return jax.lax.scan(step, (params, state), jax.random.split(key, STEPS))[0]
+    return descend(optimizer(strength), params, state, data, key)
 
 
 @jax.jit
@@ -50,30 +30,11 @@ def next_task(state, params, stats):
     return tasks.begin_task(tasks.end_task(state, params, stats), params)
 
 
-@jax.jit
-def accuracy(params, data):
-    return jnp.mean(logits(params, data).argmax(1) == data["y"])
-
-
-def digit_tasks(seed):
-    rng = np.random.default_rng(seed)
-    x, y = load_digits(return_X_y=True)
-    x, order = np.float32(x / 16), rng.permutation(len(y))
-    split = order[:1200], order[1200:]
-    pixels = [rng.permutation(64) for _ in range(NUM_TASKS)]
-    return [[{"x": x[rows][:, p], "y": y[rows]} for rows in split] for p in pixels]
-
-
 def final_accuracies(seed, strength):
     """Test accuracy on each task after the last."""
     key = jax.random.key(seed)
     k1, k2, key = jax.random.split(key, 3)
-    params = {
-        "w1": jax.random.normal(k1, (64, HIDDEN)) / 8,
-        "b1": jnp.zeros(HIDDEN),
-        "w2": jax.random.normal(k2, (HIDDEN, 10)) / 8,
-        "b2": jnp.zeros(10),
-    }
+    params = start((k1, k2))
     state = optimizer(0.0).init(params)
     stream = digit_tasks(seed)
     for i, (data, _) in enumerate(stream):

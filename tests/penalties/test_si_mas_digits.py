@@ -3,21 +3,13 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import optax_cl
 from optax_cl.penalties import mas, si
-from tests.penalties.test_ewc_digits import (
-    BATCH,
-    HIDDEN,
-    STEPS,
-    TASK,
-    accuracy,
-    digit_tasks,
-)
+from tests.permuted_digits import TASK, accuracy, descend, digit_tasks, start
 
 # Strengths were chosen on seeds 10 and 11, which are not those of the test.
 METHODS = {"si": (si, 0.2), "mas": (mas, 0.01)}
@@ -35,28 +27,13 @@ def optimizer(name, strength):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(name, params, state, data, key, strength):
-    tx = optimizer(name, strength)
-
-    def step(carry, key):
-        params, state = carry
-        rows = jax.random.randint(key, [BATCH], 0, len(data["y"]))
-        batch = jax.tree.map(lambda x: x[rows], data)
-        grads = jax.grad(lambda p: TASK.loss(p, batch).mean())(params)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    return jax.lax.scan(step, (params, state), jax.random.split(key, STEPS))[0]
+    return descend(optimizer(name, strength), params, state, data, key)
 
 
 def final_accuracies(name, seed, strength):
     """Test accuracy on each task after the last."""
     k1, k2, key = jax.random.split(jax.random.key(seed), 3)
-    params = {
-        "w1": jax.random.normal(k1, (64, HIDDEN)) / 8,
-        "b1": jnp.zeros(HIDDEN),
-        "w2": jax.random.normal(k2, (HIDDEN, 10)) / 8,
-        "b2": jnp.zeros(10),
-    }
+    params = start((k1, k2))
     state = optimizer(name, 0.0).init(params)
     stream = digit_tasks(seed)
     for i, (data, _) in enumerate(stream):

@@ -3,20 +3,19 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import optax_cl
-from tests.penalties.test_ewc_digits import (
-    BATCH,
-    HIDDEN,
+from tests.permuted_digits import (
     NUM_TASKS,
-    STEPS,
     TASK,
     accuracy,
+    descend,
     digit_tasks,
+    start,
+    summary,
 )
 
 SAMPLES = 100
@@ -36,28 +35,13 @@ def optimizer(arm):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(arm, params, state, data, key):
-    tx = optimizer(arm)
-
-    def step(carry, key):
-        params, state = carry
-        rows = jax.random.randint(key, [BATCH], 0, len(data["y"]))
-        batch = jax.tree.map(lambda x: x[rows], data)
-        grads = jax.grad(lambda p: TASK.loss(p, batch).mean())(params)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    return jax.lax.scan(step, (params, state), jax.random.split(key, STEPS))[0]
+    return descend(optimizer(arm), params, state, data, key)
 
 
 def final_accuracies(arm, seed):
     """Test accuracy on each task after the last."""
     k1, k2, key = jax.random.split(jax.random.key(seed), 3)
-    params = {
-        "w1": jax.random.normal(k1, (64, HIDDEN)) / 8,
-        "b1": jnp.zeros(HIDDEN),
-        "w2": jax.random.normal(k2, (HIDDEN, 10)) / 8,
-        "b2": jnp.zeros(10),
-    }
+    params = start((k1, k2))
     state = optimizer(arm).init(params)
     stream = digit_tasks(seed)
     for i, (data, _) in enumerate(stream):
@@ -72,12 +56,9 @@ def final_accuracies(arm, seed):
 @pytest.mark.slow
 def test_it_beats_fine_tuning_on_every_seed_behind_adam():
     found = {
-        arm: np.array([final_accuracies(arm, seed) for seed in range(5)])
+        arm: summary(arm, [final_accuracies(arm, seed) for seed in range(5)])
         for arm in ("plain", "behind", "before")
     }
-    for arm, runs in found.items():
-        error = runs.mean(1).std(ddof=1) / 5**0.5
-        print(f"{arm}: {runs.mean(0).round(3)} {runs.mean():.3f} +- {error:.3f}")
     plain, behind = found["plain"], found["behind"]
     assert (behind.mean(1) > plain.mean(1) + 0.05).all()
     assert behind[:, -1].min() > 0.8  # and it still learns

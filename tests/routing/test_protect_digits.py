@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_cl
-from tests.penalties.test_ewc_digits import BATCH, HIDDEN, STEPS, digit_tasks
+from tests.permuted_digits import descend, digit_tasks, start, summary
 
 
 def hidden(params, batch):
@@ -47,17 +47,7 @@ def optimizer(arm):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(arm, params, state, data, key):
-    tx = optimizer(arm)
-
-    def step(carry, key):
-        params, state = carry
-        rows = jax.random.randint(key, [BATCH], 0, len(data["y"]))
-        batch = jax.tree.map(lambda x: x[rows], data)
-        grads = jax.grad(lambda p: TASK.loss(p, batch).mean())(params)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    return jax.lax.scan(step, (params, state), jax.random.split(key, STEPS))[0]
+    return descend(optimizer(arm), params, state, data, key, TASK.loss)
 
 
 @jax.jit
@@ -68,10 +58,7 @@ def accuracy(params, data):
 def final_accuracies(arm, seed):
     """Test accuracy on each task after the last."""
     k1, k2, key = jax.random.split(jax.random.key(seed), 3)
-    params = {
-        "w1": jax.random.normal(k1, (64, HIDDEN)) / 8,
-        "w2": jax.random.normal(k2, (HIDDEN, 10)) / 8,
-    }
+    params = {k: w for k, w in start((k1, k2)).items() if k in ("w1", "w2")}
     state = optimizer(arm).init(params)
     stream = digit_tasks(seed)
     for i, (data, _) in enumerate(stream):
@@ -86,12 +73,9 @@ def final_accuracies(arm, seed):
 @pytest.mark.slow
 def test_projection_off_inputs_keeps_tasks_and_its_table_holds():
     found = {
-        arm: np.array([final_accuracies(arm, seed) for seed in range(5)])
+        arm: summary(arm, [final_accuracies(arm, seed) for seed in range(5)])
         for arm in ARMS
     }
-    for arm, runs in found.items():
-        error = runs.mean(1).std(ddof=1) / 5**0.5
-        print(f"{arm}: {runs.mean(0).round(3)} {runs.mean():.3f} +- {error:.3f}")
     plain, behind = found["plain"], found["inputs, behind Adam"]
     assert (behind.mean(1) > plain.mean(1) + 0.1).all()
     assert (behind[:, 0] > plain[:, 0] + 0.2).all()
