@@ -190,6 +190,11 @@ def _packnet():
     return adam, optax.scale(-LR), isolation.packnet()
 
 
+def _progressive():
+    adam = optax_cl.scale_by_decoupled_adam()
+    return adam, optax.scale(-LR), isolation.progressive(1, inputs="")
+
+
 def _mix_replay(rho: Schedulable = 0.25):
     return _descend(optax_cl.mix_replay(rho))
 
@@ -394,6 +399,7 @@ SLOW = (
     "attenuate[spring]",
     "ewc[separate]",
     "gem[margin]",
+    "progressive",  # of one column, which is all that fits any parameters: no mask
     "mas[separate]",
     "olora[fro]",
     "scale_by_decoupled_adam[raw]",
@@ -436,6 +442,7 @@ ENTRIES: dict[str, Entry] = {
     "olora[fro]": _captured(_olora_fro)._replace(needs_matrix=True),
     "packnet": _captured(_packnet),
     "olora_project": _captured(_olora_project)._replace(needs_matrix=True),
+    "progressive": _captured(_progressive),
     "project": _captured(_project)._replace(needs_matrix=True),
     "protect": _captured(_protect_links)._replace(needs_matrix=True),
     **_recipes(),

@@ -80,6 +80,7 @@ def test_every_argument_that_takes_a_schedule_is_tried_with_one():
 @pytest.mark.filterwarnings("ignore:`eblora` found its factors elsewhere")
 # And it prunes nothing.
 @pytest.mark.filterwarnings("ignore:`packnet` has no weight free")
+@pytest.mark.filterwarnings("ignore:`progressive` has 1 columns")
 @pytest.mark.parametrize(
     "name",
     [
