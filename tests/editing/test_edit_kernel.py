@@ -103,6 +103,28 @@ def test_a_fact_given_twice_counts_once_and_two_values_of_one_key_are_averaged()
     assert np.abs(k @ np.asarray(both)).max() < 1e-4
 
 
+def test_keys_that_are_nearly_one_are_answered_each_with_its_value():
+    # What tells them apart is lost in the rounding of products of keys.
+    w, k, v, c = problem(15, 2)
+    k[1] = k[0] + 1e-3 * k[1]
+    edited = edit_kernel(w, k, v, c)
+    np.testing.assert_allclose(k @ np.asarray(edited), v, atol=1e-3)
+
+
+def test_no_facts_change_nothing():
+    w, k, v, c = problem(16)
+    assert distance(edit_kernel(w, k[:0], v[:0], c), w) == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_kernels_keep_their_dtype_where_floats_are_wider(x64, dtype):
+    w, k, v, c = problem(17, 2)
+    settings = {"damping": np.float64(2.0), "ridge": np.float64(0.0)}
+    edited = edit_kernel(w.astype(dtype), k, v, c, **settings)
+    assert edited.dtype == dtype
+    np.testing.assert_allclose(edited, in_float64(w, k, v, c, 2.0), atol=1e-4)
+
+
 def test_layers_are_edited_at_once_and_inside_jit():
     stacked = [np.stack(a) for a in zip(problem(11, 2), problem(12, 2), strict=True)]
     together = jax.jit(jax.vmap(edit_kernel))(*stacked)
@@ -123,8 +145,8 @@ def test_mistakes_are_named():
     w, k, v, c = problem(14, 2)
     nan = c.copy()
     nan[0, 0] = np.nan
-    zero = k.copy()
-    zero[1] = 0
+    zero, nothing = np.zeros_like(k), v.copy()
+    nothing[0] = 0
     for arguments, error, message in (
         ((w[0], k, v, c), ValueError, r"`kernel` must be `\[in, out\]`.*jax.vmap"),
         ((w, k[:, :3], v, c), ValueError, r"`keys` must be of shape \(2, 8\)"),
@@ -135,7 +157,8 @@ def test_mistakes_are_named():
         ((w, k, v, np.triu(c)), ValueError, "`covariance` must be symmetric"),
         ((w, k, v, -c), ValueError, "positive semi-definite"),
         ((w, k, v, 0 * c), ValueError, "and not zero"),
-        ((w, zero, v, c), ValueError, "`keys` has zeros in row 1"),
+        ((w, zero, nothing, c), ValueError, "`keys` has zeros in row 1"),
+        ((w, k[0], v[0], c), ValueError, r"`keys` must be .*\(8,\).*`keys\[None\]`"),
     ):
         with pytest.raises(error, match=message):
             edit_kernel(*arguments)
