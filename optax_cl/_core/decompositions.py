@@ -55,6 +55,11 @@ _cholesky = one_by_one(jnp.linalg.cholesky)
 _solve_lower = one_by_one(
     functools.partial(jax.lax.linalg.triangular_solve, left_side=True, lower=True)
 )
+_solve_transposed = one_by_one(
+    functools.partial(
+        jax.lax.linalg.triangular_solve, left_side=True, lower=True, transpose_a=True
+    )
+)
 
 
 def svd(x: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
@@ -85,3 +90,8 @@ def cholesky(x: chex.Array) -> chex.Array:
 def solve_lower(lower: chex.Array, x: chex.Array) -> chex.Array:
     """``L^-1 x``: ``[..., n, n], [..., n, m] -> [..., n, m]``."""
     return _solve_lower(lower, x)
+
+
+def solve_transposed(lower: chex.Array, x: chex.Array) -> chex.Array:
+    """``L^-T x``: ``[..., n, n], [..., n, m] -> [..., n, m]``."""
+    return _solve_transposed(lower, x)

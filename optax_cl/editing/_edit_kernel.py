@@ -110,10 +110,8 @@ def edit_kernel(
     has = s > jnp.max(s, initial=0) * max(k.shape) * jnp.finfo(wide).eps
     s = jnp.where(has, s, 1)
     gain = jnp.where(has, 1 / (s + damping / s), 0)
-    delta = jax.scipy.linalg.solve_triangular(
-        lower, lift(p * gain[None], lift(qt, v - k @ w)), trans=1, lower=True
-    )
-    return (w + delta).astype(dtype)
+    answer = lift(p * gain[None], lift(qt, v - lift(k, w)))
+    return (w + decompositions.solve_transposed(lower, answer)).astype(dtype)
 
 
 def _check(kernel, keys, values, covariance):

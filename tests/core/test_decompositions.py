@@ -43,6 +43,12 @@ FUNCTIONS = {
         lambda x: decompositions.solve_lower(_steep(x), x.mT),
         lambda x: jax.scipy.linalg.solve_triangular(_steep(x), x.mT, lower=True),
     ),
+    "solve_transposed": (
+        lambda x: decompositions.solve_transposed(_steep(x), x.mT),
+        lambda x: jax.scipy.linalg.solve_triangular(
+            _steep(x), x.mT, trans=1, lower=True
+        ),
+    ),
 }
 
 

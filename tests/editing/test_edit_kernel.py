@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,17 @@ def test_layers_are_edited_at_once_and_inside_jit():
     together = jax.jit(jax.vmap(edit_kernel))(*stacked)
     for i, found in enumerate(together):
         assert distance(found, edit_kernel(*problem(11 + i, 2))) < 1e-5
+
+
+def test_layers_of_a_stack_go_through_a_cpu_one_by_one_in_full_matrix_precision():
+    # Ask the program: the CPU computes in full precision whatever it is told, and two
+    # devices that decompose stacks may wait for each other for ever.
+    stack = [np.stack([a, a]) for a in problem(18, 2)]
+    traced = jax.jit(jax.vmap(edit_kernel)).trace(*stack)
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert {*re.findall(r'num_batch_dims = "(\d+)"', text)} == {"0"}
+    products = re.findall("dot_general.*", text)
+    assert products and all("HIGHEST" in product for product in products)
 
 
 def test_half_precision_is_computed_in_float32():
