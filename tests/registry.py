@@ -167,7 +167,7 @@ def _agem():
     return _descend(optax_cl.agem())
 
 
-def _agem_decay(decay=0.5):
+def _agem_decay(decay=0.2):
     return _descend(optax_cl.agem(decay=decay, granularity="leaf"))
 
 
@@ -177,6 +177,10 @@ def _gem(margin=0.0):
 
 def _gem_margin(margin=0.5):
     return _descend(optax_cl.gem(margin=margin))
+
+
+def _pcgrad():
+    return _descend(optax_cl.pcgrad())
 
 
 def _ogd():
@@ -399,6 +403,7 @@ SLOW = (
     "attenuate[spring]",
     "ewc[separate]",
     "gem[margin]",
+    "pcgrad",  # takes what `gem` takes
     "progressive",  # of one column, which is all that fits any parameters: no mask
     "mas[separate]",
     "olora[fro]",
@@ -442,6 +447,9 @@ ENTRIES: dict[str, Entry] = {
     "olora[fro]": _captured(_olora_fro)._replace(needs_matrix=True),
     "packnet": _captured(_packnet),
     "olora_project": _captured(_olora_project)._replace(needs_matrix=True),
+    "pcgrad": _captured(_pcgrad)._replace(
+        extra_args=_memories, agreeing=_same_memories
+    ),
     "progressive": _captured(_progressive),
     "project": _captured(_project)._replace(needs_matrix=True),
     "protect": _captured(_protect_links)._replace(needs_matrix=True),
