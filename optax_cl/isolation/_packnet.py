@@ -173,12 +173,14 @@ def packnet_prune(
         if view is None:
             return owner
         mine = to_matrix(owner, view) == state.task
-        size = jnp.where(mine, jnp.abs(to_matrix(p, view)), jnp.inf)
-        flat = size.reshape(*size.shape[:-2], -1)
-        # A rank among equals by their order: the count is exact, ties or not.
-        rank = jnp.argsort(jnp.argsort(flat, axis=-1), axis=-1).reshape(size.shape)
+        size = jnp.abs(to_matrix(p, view))
+        # The task's own before all others, whatever number they hold; equals by their
+        # order, so that the count is exact, ties or not.
+        keys = [x.reshape(*x.shape[:-2], -1) for x in (size, ~mine)]
+        rank = jnp.argsort(jnp.lexsort(keys, axis=-1), axis=-1).reshape(size.shape)
         count = jnp.sum(mine, axis=(-2, -1), keepdims=True)
-        freed = from_matrix(rank < jnp.round(fraction * count), view, p.shape)
+        share = jnp.round(jnp.asarray(fraction, jnp.float32) * count)
+        freed = from_matrix(mine & (rank < share.astype(jnp.int32)), view, p.shape)
         return jnp.where(freed, jnp.uint8(0), owner)
 
     owner = jax.tree_util.tree_map_with_path(prune, state.owner, params_seen)
@@ -240,8 +242,8 @@ def _find(opt_state: optax.OptState) -> PacknetState:
     found = [s for s in found if _is_packnet(s)]
     if len(found) != 1:
         raise ValueError(
-            f"`opt_state` must hold one PacknetState; found {len(found)}. Is `packnet` "
-            "in the chain?"
+            f"`opt_state` must hold one PacknetState; found {len(found)}. Put one "
+            "`packnet()` last in the chain, behind `optax.partition` if there is one."
         )
     return found[0]
 
@@ -251,21 +253,33 @@ def _find(opt_state: optax.OptState) -> PacknetState:
 
 def _end_task(state, params, results):
     del params, results
-    task = state.task + jnp.uint8(1)
-    owner = jax.tree.map(lambda o: jnp.where(o == 0, task, o), state.owner)
-    return state._replace(owner=owner, task=task)
+    free = jnp.array(False)
+    for owner in jax.tree.leaves(state.owner):
+        free |= jnp.any(owner == 0)
+    if not isinstance(free, jax.core.Tracer) and not free:
+        checks.warn(
+            "`packnet` has no weight free for another task, which would learn nothing. "
+            "Call `opt_state, params = packnet_prune(opt_state, params, fraction)` "
+            "before `end_task`. If this was the last task, all is well."
+        )
+    # A task too many, which only `jit` lets pass, spoils the one before it and no more.
+    task = jnp.minimum(state.task, _MOST_TASKS - 1) + jnp.uint8(1)
+
+    def take(owner):
+        # The states of several seeds may be stacked in one: their axes are the first.
+        new = jnp.expand_dims(task, tuple(range(task.ndim, owner.ndim)))
+        return jnp.where(owner == 0, new, owner)
+
+    return state._replace(owner=jax.tree.map(take, state.owner), task=task)
 
 
 def _check(state):
     if isinstance(state.task, jax.core.Tracer):
         return
     if np.max(state.task) >= _MOST_TASKS:
-        raise ValueError(f"`packnet` can tell {_MOST_TASKS} tasks apart, not more.")
-    if not any(np.any(np.asarray(o) == 0) for o in jax.tree.leaves(state.owner)):
-        checks.warn(
-            "`packnet` has no weight free for another task, which would learn nothing. "
-            "Call `opt_state, params = packnet_prune(opt_state, params, fraction)` "
-            "before `end_task`. If this was the last task, all is well."
+        raise ValueError(
+            f"`packnet` can tell {_MOST_TASKS} tasks apart, and this is the last: it "
+            "can be used, but not ended."
         )
 
 

@@ -131,6 +131,26 @@ def test_the_share_is_exact_among_equal_weights(fraction):
     assert np.array_equal(pruned["kernel"] == 0, free)
 
 
+@pytest.mark.parametrize("value", [5.0, np.inf, np.nan])
+def test_weights_of_other_tasks_stay_theirs_whatever_the_own_ones_hold(value):
+    params = {"kernel": np.float32([[1.0, 2.0], [3.0, value]])}
+    state = packnet().init(params)
+    owner = {"kernel": np.uint8([[1, 1], [2, 2]])}
+    state = state._replace(owner=owner, task=np.uint8(2))
+    for fraction in (1.0, jnp.float32(2.0)):  # of an array the value is not judged
+        after, pruned = prune(state, params, fraction)
+        assert after.owner["kernel"].tolist() == [[1, 1], [0, 0]]
+        assert pruned["kernel"].tolist() == [[1.0, 2.0], [0.0, 0.0]]
+    after, _ = prune(state, params, 0.5)  # what is not finite is as large as any
+    assert after.owner["kernel"].tolist() == [[1, 1], [0, 2]]
+
+
+def test_the_share_is_counted_in_full_whatever_the_fractions_dtype():
+    params = {"kernel": normal(0, 40, 25)}
+    state, _ = packnet_prune(packnet().init(params), params, jnp.bfloat16(0.75))
+    assert np.sum(np.asarray(state.owner["kernel"]) == 0) == 750
+
+
 def test_stacked_layers_are_pruned_each_by_itself():
     tx = packnet(matrices=optax_cl.matrix_views(stacked="kernel"))
     w = normal(0, 3, 4, 5) * jnp.array([1.0, 10.0, 100.0])[:, None, None]
@@ -152,6 +172,37 @@ def test_nothing_is_compiled_again_over_tasks_and_shapes_stay():
     assert sizes[0] == sizes[2]
     kinds = jax.tree.map(lambda a: (a.shape, a.dtype), TX.init(params))
     assert kinds == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+
+
+def test_stacked_states_end_a_task_without_vmap_as_with_it():
+    # Three seeds, each at a task of its own; the leaf's last axis is as long.
+    params = {"kernel": normal(0, 3, 4, 3)}
+    state = jax.vmap(packnet().init)(params)
+    state, params = jax.vmap(packnet_prune, (0, 0, None))(state, params, 0.5)
+    state = state._replace(task=np.uint8([1, 2, 3]))
+    apart = jax.vmap(lambda s, p: boundary(s, p))(state, params)
+    together = boundary(state, params)
+    assert jax.tree.map(np.array_equal, together, apart).owner["kernel"]
+    assert [set(np.ravel(o)) for o in together.owner["kernel"]] == [
+        {1, n} for n in (2, 3, 4)
+    ]
+
+
+def test_a_task_too_many_inside_jit_spoils_the_last_one_only():
+    params = {"kernel": np.ones((2, 3), np.float32)}
+    owner = {"kernel": np.uint8([[1, 2, 255], [0, 0, 254]])}
+    state = packnet().init(params)._replace(owner=owner, task=np.uint8(255))
+    after = jax.jit(boundary)(state, params)
+    assert after.task == 255
+    assert after.owner["kernel"].tolist() == [[1, 2, 255], [255, 255, 254]]
+
+
+def test_that_no_weight_is_free_is_told_once_and_at_the_end_of_a_task():
+    params = make_params()
+    state = packnet().init(params)
+    with pytest.warns(UserWarning, match=r"no weight free.*packnet_prune") as told:
+        boundary(state, params)
+    assert len(told) == 1 and told[0].filename == __file__
 
 
 def test_hidden_leaves_and_integers_belong_to_nobody():
@@ -180,8 +231,6 @@ def test_half_precision_keeps_its_dtype():
 def test_mistakes_are_named():
     params, tx = make_params(), packnet()
     state = tx.init(params)
-    with pytest.warns(UserWarning, match=r"no weight free.*packnet_prune"):
-        boundary(state, params)
     with pytest.raises(ValueError, match="`fraction`"):
         packnet_prune(state, params, 1.5)
     with pytest.raises(ValueError, match="`task`"):
@@ -203,5 +252,5 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=r"at `first` got \(6, 7\)"):
             call()
     full = state._replace(task=np.uint8(255))
-    with pytest.raises(ValueError, match="255 tasks"):
+    with pytest.raises(ValueError, match=r"255 tasks.*not ended"):
         boundary(full, params)
