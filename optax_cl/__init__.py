@@ -34,6 +34,7 @@ from optax_cl.penalties import si_loss as si_loss
 from optax_cl.projections import agem as agem
 from optax_cl.projections import gem as gem
 from optax_cl.projections import ogd as ogd
+from optax_cl.projections import pcgrad as pcgrad
 from optax_cl.replay import mix_replay as mix_replay
 from optax_cl.replay import reservoir_add as reservoir_add
 from optax_cl.replay import reservoir_init as reservoir_init

@@ -1,7 +1,7 @@
 """Surgery on gradients: what two gradient trees of one model do to each other."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -90,6 +90,70 @@ def check_floating(name: str, tree: Any) -> None:
     jax.tree_util.tree_map_with_path(check, tree)
 
 
+def check_memories(
+    method: str, updates: Any, memory_updates: Any, memory_mask: Any
+) -> tuple[chex.ArrayTree, chex.Array]:
+    """Checks what a method was given of K memories.
+
+    Args:
+      method: Whose arguments they are, for the message.
+      updates: Tree of real floating-point arrays.
+      memory_updates: Tree like it with a leading axis K, whole or hidden alike.
+      memory_mask: Which of the K are of past tasks, bool ``[K]``.
+
+    Returns:
+      The memories, hidden where ``updates`` are, and the mask.
+
+    Raises:
+      ValueError, TypeError: If one of them is missing or does not fit.
+    """
+    if memory_updates is None or memory_mask is None:
+        raise ValueError(
+            f"`{method}` needs `memory_updates`, the stacked gradients on the memories "
+            "of tasks, and `memory_mask`, which of them are past tasks. Call "
+            "`tx.update(grads, state, params, memory_updates=..., "
+            "memory_mask=...)`; before the first boundary the mask is all False."
+        )
+    mask = _check_mask(memory_mask)
+    memories = _align(memory_updates, updates, len(mask))
+    check_floating("updates", updates)
+    check_floating("memory_updates", memories)
+    return memories, mask
+
+
+def _check_mask(mask: chex.Array) -> chex.Array:
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(
+            f"`memory_mask` must be boolean; got {mask.dtype}. For a count of past "
+            "tasks pass `jnp.arange(K) < count`."
+        )
+    if mask.ndim != 1 or not mask.size:
+        raise ValueError(
+            "`memory_mask` must have shape [K] with K at least 1, one entry for each "
+            f"memory; got {mask.shape}."
+        )
+    return mask
+
+
+def _align(
+    memories: chex.ArrayTree, updates: chex.ArrayTree, count: int
+) -> chex.ArrayTree:
+    """Hides what is hidden in the updates, and checks the leading axis."""
+    memories = trees.align_structure("memory_updates", memories, updates)
+    stacked = jax.tree.map(
+        lambda u: jax.ShapeDtypeStruct((count, *jnp.shape(u)), jnp.result_type(u)),
+        updates,
+    )
+    checks.check_same_shapes(
+        "memory_updates",
+        memories,
+        stacked,
+        f"the updates with a leading axis of {count}, one entry of `memory_mask` each",
+    )
+    return memories
+
+
 def project_conflicts(
     g: chex.ArrayTree,
     refs: chex.ArrayTree,
@@ -135,19 +199,7 @@ def project_conflicts(
     """
     if not jax.tree.leaves(g):
         return g
-    # Each inner product is that of one reference: none is joined with another, so that
-    # what is not finite stays in its row, and what is sharded stays where it is.
-    dots = jax.vmap(lambda r: trees.vdot(r, g))(refs)
-    gram = jax.vmap(lambda r: jax.vmap(lambda s: trees.vdot(r, s))(refs))(refs)
-    squares = jnp.diagonal(gram)
-    norms = jnp.sqrt(squares)
-    counts = valid & (squares > _smallest_square(g, squares.dtype))
-    counts &= jnp.isfinite(squares) & jnp.isfinite(dots)
-    norms = jnp.where(counts, norms, 1)
-    cosines = jnp.clip(gram / norms[:, None] / norms[None, :], -1, 1)
-    alone = jnp.eye(len(norms), dtype=bool) | ~(counts[:, None] & counts[None, :])
-    cosines = jnp.where(alone, jnp.eye(len(norms), dtype=cosines.dtype), cosines)
-    along = jnp.where(counts, dots / norms, 0)
+    counts, norms, cosines, along = _angles(g, refs, valid)
     conflict = jnp.any(along < 0)
     # In units of the largest number: nothing in the solver over- or underflows.
     least = jnp.where(counts, floor * norms, 0)
@@ -162,11 +214,110 @@ def project_conflicts(
     return _add_rows(g, refs, jnp.where(finite, coefficients, 0))
 
 
+def sum_without_conflicts(
+    g: chex.ArrayTree,
+    refs: chex.ArrayTree,
+    valid: chex.Array,
+    key: chex.PRNGKey,
+    *,
+    mean: bool = False,
+) -> chex.ArrayTree:
+    r"""Adds up ``g`` and K references, each without what works against the others.
+
+    Of each, one after the other in random order, the component along every other is
+    taken off if it is negative there; ``pcgrad`` has the formula. All of it happens in
+    the span of the K + 1 trees, so their inner products are enough.
+
+    References that are not valid, and those that give no direction (see
+    ``project_conflicts``), take no part; nothing is added to a ``g`` that is not
+    finite.
+
+    Args:
+      g: Tree of real floating-point arrays (see ``check_floating``).
+      refs: Tree of such with the structure of ``g``, each leaf ``[K, ...]``.
+      valid: Which references count, bool, ``[K]``.
+      key: For the orders.
+      mean: Whether to divide by the number of those that take part.
+
+    Returns:
+      A tree with the structure, shapes and dtypes of ``g``.
+    """
+    if not jax.tree.leaves(g):
+        return g
+    counts, norms, cosines, along = _angles(g, refs, valid)
+    square = trees.squared_norm(g)
+    counts &= jnp.isfinite(square)
+    known = (square > _smallest_square(g, square.dtype)) & jnp.isfinite(square)
+    own = jnp.sqrt(jnp.where(known, square, 1))
+    toward = jnp.where(known & counts, jnp.clip(along / own, -1, 1), 0)
+    above = jnp.concatenate([jnp.ones(1, toward.dtype), toward])
+    cosines = jnp.concatenate([toward[:, None], cosines], axis=1)
+    cosines = jnp.concatenate([above[None, :], cosines])
+    lengths = jnp.concatenate([own[None], norms])
+    takes_part = jnp.concatenate([known[None], counts])
+    off = _taken_off(cosines, key)
+    share = lengths[:, None] / lengths[None, :]
+    pairs = takes_part[:, None] & takes_part[None, :]
+    weights = 1 + jnp.sum(jnp.where(pairs, off * share, 0), axis=0)
+    weights = jnp.where(jnp.all(jnp.isfinite(weights)), weights, 1)
+    if mean:
+        weights /= 1 + jnp.sum(counts)
+    return _add_rows(g, refs, jnp.where(counts, weights[1:], 0), weights[0])
+
+
+@jax.jit  # so that eager calls don't compile the loop anew
+def _taken_off(cosines: chex.Array, key: chex.PRNGKey) -> chex.Array:
+    """Row i: what conflicts cost unit vector i, in unit vectors, ``[T, T]``."""
+    count = len(cosines)
+
+    def one(i, key):
+        def against(left, j):
+            dot = left @ cosines[:, j]
+            taken = jnp.where((i != j) & (dot < 0), dot, 0)
+            return left.at[j].add(-taken), None
+
+        start = jax.nn.one_hot(i, count, dtype=cosines.dtype)
+        left, _ = jax.lax.scan(against, start, jax.random.permutation(key, count))
+        return left - start
+
+    return jax.vmap(one)(jnp.arange(count), jax.random.split(key, count))
+
+
+class _Angles(NamedTuple):
+    """What K references and ``g`` are to each other; zero where one takes no part."""
+
+    counts: chex.Array  # bool [K], which take part
+    norms: chex.Array  # [K], 1 where a reference takes no part
+    cosines: chex.Array  # [K, K], 1 on the diagonal
+    along: chex.Array  # [K], <g, r_k> / |r_k|
+
+
+def _angles(g: chex.ArrayTree, refs: chex.ArrayTree, valid: chex.Array) -> _Angles:
+    # Each inner product is that of one reference: none is joined with another, so that
+    # what is not finite stays in its row, and what is sharded stays where it is.
+    dots = jax.vmap(lambda r: trees.vdot(r, g))(refs)
+    gram = jax.vmap(lambda r: jax.vmap(lambda s: trees.vdot(r, s))(refs))(refs)
+    squares = jnp.diagonal(gram)
+    norms = jnp.sqrt(squares)
+    counts = valid & (squares > _smallest_square(g, squares.dtype))
+    counts &= jnp.isfinite(squares) & jnp.isfinite(dots)
+    norms = jnp.where(counts, norms, 1)
+    cosines = jnp.clip(gram / norms[:, None] / norms[None, :], -1, 1)
+    alone = jnp.eye(len(norms), dtype=bool) | ~(counts[:, None] & counts[None, :])
+    cosines = jnp.where(alone, jnp.eye(len(norms), dtype=cosines.dtype), cosines)
+    return _Angles(counts, norms, cosines, jnp.where(counts, dots / norms, 0))
+
+
 @jax.jit  # so that eager calls don't compile the loop anew
 def _add_rows(
-    g: chex.ArrayTree, refs: chex.ArrayTree, coefficients: chex.Array
+    g: chex.ArrayTree,
+    refs: chex.ArrayTree,
+    coefficients: chex.Array,
+    own: chex.Array | None = None,
 ) -> chex.ArrayTree:
     """``g`` plus the references times coefficients; those with zero are not read.
+
+    With ``own``, that many times ``g``.
 
     A loop over the references that are added, a few of K if any: written out, K terms
     a leaf are slow to trace and to compile for hundreds of leaves.
@@ -187,6 +338,7 @@ def _add_rows(
 
     def widen(leaf):
         leaf = jnp.asarray(leaf, coefficients.dtype)
+        leaf = leaf if own is None else own * leaf
         # The select does nothing but make the loop's start vary over the devices of a
         # `shard_map` wherever its result does.
         return jnp.where(count > 0, leaf, leaf)

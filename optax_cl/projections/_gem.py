@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, surgery, trees
+from optax_cl._core import checks, surgery
 
 
 def gem(
@@ -129,17 +129,9 @@ def gem(
         **extra_args,
     ):
         del params, extra_args
-        if memory_updates is None or memory_mask is None:
-            raise ValueError(
-                "`gem` needs `memory_updates`, the stacked gradients on the memories "
-                "of tasks, and `memory_mask`, which of them are past tasks. Call "
-                "`tx.update(grads, state, params, memory_updates=..., "
-                "memory_mask=...)`; before the first boundary the mask is all False."
-            )
-        mask = _check_mask(memory_mask)
-        memories = _align(memory_updates, updates, len(mask))
-        surgery.check_floating("updates", updates)
-        surgery.check_floating("memory_updates", memories)
+        memories, mask = surgery.check_memories(
+            "gem", updates, memory_updates, memory_mask
+        )
         # One tree is negated twice, for the memories would be copied.
         flip = jnp.negative if sign == "descent" else jnp.asarray
         routed = surgery.project_conflicts(
@@ -150,36 +142,3 @@ def gem(
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), update_fn
     )
-
-
-def _check_mask(mask: chex.Array) -> chex.Array:
-    mask = jnp.asarray(mask)
-    if mask.dtype != bool:
-        raise TypeError(
-            f"`memory_mask` must be boolean; got {mask.dtype}. For a count of past "
-            "tasks pass `jnp.arange(K) < count`."
-        )
-    if mask.ndim != 1 or not mask.size:
-        raise ValueError(
-            "`memory_mask` must have shape [K] with K at least 1, one entry for each "
-            f"memory; got {mask.shape}."
-        )
-    return mask
-
-
-def _align(
-    memories: chex.ArrayTree, updates: chex.ArrayTree, count: int
-) -> chex.ArrayTree:
-    """Hides what is hidden in the updates, and checks the leading axis."""
-    memories = trees.align_structure("memory_updates", memories, updates)
-    stacked = jax.tree.map(
-        lambda u: jax.ShapeDtypeStruct((count, *jnp.shape(u)), jnp.result_type(u)),
-        updates,
-    )
-    checks.check_same_shapes(
-        "memory_updates",
-        memories,
-        stacked,
-        f"the updates with a leading axis of {count}, one entry of `memory_mask` each",
-    )
-    return memories
