@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import optax_cl
+from optax_cl import isolation
 
 
 def make_params():
@@ -38,6 +39,8 @@ FITTING = {
     "proximal": lambda: optax_cl.ewc_proximal(0.1, 1.0),
     "rescale": lambda: optax_cl.rescale_by_importance(0.5),
     "mas": lambda: optax_cl.mas(1.0),
+    "ogd": lambda: optax_cl.ogd(1, samples=2),
+    "packnet": isolation.packnet,
     "si": lambda: optax_cl.chain(optax_cl.si(1.0), optax.sgd(0.1)),
     "protect": protect,
     "balance": balance,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_cl._core import checks, per_example, tasks, trees
+from optax_cl._core import checks, per_example, statistics, tasks, trees
 
 # Of a direction's length, what has to be left beside the others; less is rounding.
 _TOLERANCE = 1e-5
@@ -53,7 +53,8 @@ def ogd(
     **What holds.** :math:`\langle\tilde u, v_i\rangle = 0` to rounding. So the stored
     logits stay as they were to first order in the step. For a model that is linear in
     its parameters they stay *exactly*, whatever the number of steps; for others they
-    drift with the second order, and less with small learning rates.
+    drift with the second order, and less with small learning rates. An update that is
+    not finite stays bit for bit as it is.
 
     **Placement.** The update that reaches the parameters is what must be orthogonal:
     behind the moments and weight decay, on either side of the learning rate. Before the
@@ -122,6 +123,7 @@ def ogd(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        trees.check_fits("updates", updates, _shapes(state))
         return _off(_bank(state), updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -144,7 +146,15 @@ def _empty(params: chex.ArrayTree, lead: tuple[int, ...]) -> chex.ArrayTree:
 
 def _bank(state: OgdState) -> chex.ArrayTree:
     """All directions, one behind the other: ``[capacity * samples, *shape]``."""
-    return jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), state.directions)
+    rows = state.rules.capacity * state.rules.samples
+    return jax.tree.map(lambda d: d.reshape(rows, *d.shape[2:]), state.directions)
+
+
+def _shapes(state: OgdState) -> chex.ArrayTree:
+    """What an update must look like."""
+    return jax.tree.map(
+        lambda d: jax.ShapeDtypeStruct(d.shape[2:], d.dtype), state.directions
+    )
 
 
 # --- Rows: trees with a leading axis, vectors of the space of all parameters ----------
@@ -174,33 +184,22 @@ def _combine(rows: chex.ArrayTree, coefficients: chex.Array) -> chex.ArrayTree:
 def _off(bank: chex.ArrayTree, updates: chex.ArrayTree) -> chex.ArrayTree:
     """Updates without their part in the span of the bank, in their own dtypes."""
     bank = trees.align_structure("the directions of `ogd`", bank, updates)
-    with_paths, structure = jax.tree_util.tree_flatten_with_path(
-        updates, is_leaf=trees.is_hole
-    )
-    paths, leaves = zip(*with_paths, strict=True) if with_paths else ((), ())
+    leaves, structure = jax.tree.flatten(updates, is_leaf=trees.is_hole)
     stored = jax.tree.leaves(bank, is_leaf=trees.is_hole)
     pairs = list(zip(leaves, stored, strict=True))
     # A leaf that either side lacks takes no part.
     shared = [i for i, pair in enumerate(pairs) if not any(map(trees.is_hole, pair))]
-    for i in shared:
-        _check_shape(paths[i], *pairs[i])
     if not shared:
         return updates
     rows, vectors = [stored[i] for i in shared], [leaves[i] for i in shared]
-    inside = _combine(rows, _coefficients(rows, vectors))
+    found = _coefficients(rows, vectors)
+    # One number that is not finite would spread over all leaves.
+    found = jnp.where(jnp.all(jnp.isfinite(found)), found, 0)
+    inside = _combine(rows, found)
     new = list(leaves)
     for i, u, part in zip(shared, vectors, inside, strict=True):
-        new[i] = (u - part).astype(u.dtype)
+        new[i] = (u - part).astype(jnp.result_type(u))
     return structure.unflatten(new)
-
-
-def _check_shape(path, update, stored):
-    if jnp.shape(update) != stored.shape[1:]:
-        raise ValueError(
-            "`updates` must have the shapes that the optimizer state was made for; at "
-            f"`{checks.path_str(path)}` got {jnp.shape(update)}, expected "
-            f"{stored.shape[1:]}. Make a new state with `tx.init(params)`."
-        )
 
 
 def _lengths(rows: chex.ArrayTree) -> chex.Array:
@@ -234,8 +233,11 @@ def _new_directions(bank: chex.ArrayTree, rows: chex.ArrayTree) -> chex.ArrayTre
 
     # By their largest entry first, so that squares neither overflow nor vanish.
     peaks = [
-        jnp.max(jnp.abs(r), tuple(range(1, r.ndim))) for r in jax.tree.leaves(rows)
+        jnp.max(jnp.abs(r), tuple(range(1, r.ndim)), initial=0)
+        for r in jax.tree.leaves(rows)
     ]
+    if not peaks:
+        return rows
     peak = jnp.stack(peaks).max(0)
     usable = (peak > 0) & jnp.isfinite(peak)
     rows = _scaled(rows, jnp.where(usable, 1 / jnp.where(usable, peak, 1), 0))
@@ -271,12 +273,20 @@ def _pass(samples: int) -> tasks.Pass:
     def fill(stored, data):
         outputs = tasks.require(data.task, "outputs", "`ogd`")
         labels = tasks.require(data.task, "labels", "`ogd`")
+        shape = statistics.result_shape("outputs", outputs, data)
+        if len(shape) < 2:
+            raise ValueError(
+                "`ogd` stores gradients of the true class's logit, so `task.outputs` "
+                f"must give logits [B, ..., C]; got shape {shape}."
+            )
 
         def gradient(example):
             def logit(params):
                 logits = outputs(params, per_example.lead(example))
                 chosen = labels(per_example.lead(example))[..., None]
-                return jnp.sum(jnp.take_along_axis(logits, chosen, axis=-1))
+                picked = jnp.take_along_axis(logits, chosen, axis=-1)
+                # An index of -1 would pick the last class.
+                return jnp.sum(jnp.where(chosen >= 0, picked, 0))
 
             return jax.grad(logit)(data.params)
 
@@ -301,7 +311,8 @@ def _pass(samples: int) -> tasks.Pass:
         seen = stored.seen + jnp.sum(data.weights > 0)
         return _Stored(rows, jnp.minimum(seen, samples))
 
-    return tasks.Pass("logit_gradients", init, step, lambda stored, *_: stored.rows)
+    name = f"logit_gradients({samples})"
+    return tasks.Pass(name, init, step, lambda stored, *_: stored.rows, shared=True)
 
 
 def _passes(state):
@@ -310,8 +321,11 @@ def _passes(state):
 
 def _end_task(state, params, results):
     del params
-    rows = results["logit_gradients"]
-    return _stored(state, trees.align_structure("rows", rows, state.directions))
+    rows = results[_pass(state.rules.samples).name]
+    store = _stored
+    for _ in range(jnp.ndim(state.tasks)):  # states of several seeds, stacked in one
+        store = jax.vmap(store)
+    return store(state, trees.align_structure("rows", rows, state.directions))
 
 
 @jax.jit  # a boundary is mostly called outside jit, where the loop would compile anew

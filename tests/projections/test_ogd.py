@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,11 @@ def logits(params, batch):
     return batch["x"] @ params["w"] + params["b"][None]
 
 
-TASK = optax_cl.classification(logits, lambda batch: batch["y"])
+def labels_of(batch):
+    return batch["y"]
+
+
+TASK = optax_cl.classification(logits, labels_of)
 
 
 def make_params(seed=0):
@@ -159,6 +164,55 @@ def test_labels_of_several_items_count_as_one_logit():
     np.testing.assert_allclose(v.T @ v, projector(rows), atol=1e-5)
 
 
+@pytest.mark.parametrize("label", [-1, OUT])
+def test_a_label_that_is_no_class_stores_nothing_inside_jit(label):
+    # Where its value is known it is refused.
+    (batch,) = make_batches(10, (3,))
+    batch["y"] = np.array([batch["y"][0], label, batch["y"][2]])
+    params = make_params()
+
+    @jax.jit
+    def run(params, batches):
+        state = ogd(1, samples=3, overflow="drop").init(params)
+        stats = optax_cl.collect(
+            state, params, batches, task=TASK, key=KEY, stacked=True
+        )
+        return optax_cl.end_task(state, params, stats)
+
+    v = flat(run(params, jax.tree.map(lambda x: x[None], batch)).directions)
+    kept = jax.tree.map(lambda x: x[[0, 2]], batch)
+    np.testing.assert_allclose(v.T @ v, projector(logit_gradients([kept])), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"steps": np.ones(2, np.int32)}, {"none": np.ones((0, 3), np.float32)}],
+    ids=["no leaf", "integers", "no number"],
+)
+def test_without_numbers_to_protect_a_boundary_does_nothing(params):
+    tx = ogd(1, samples=2)
+    task = optax_cl.Task(outputs=lambda p, b: b["x"], labels=lambda b: b["y"])
+    state = boundary(tx.init(params), params, make_batches(0, (2,)), task)
+    assert state.tasks == 1
+    chex.assert_trees_all_equal(tx.update(params, state)[0], params)
+
+
+def test_two_groups_of_parameters_share_one_pass_and_protect_their_own():
+    links = {name: optax.chain(ogd(1, samples=4), optax.scale(-1.0)) for name in "wb"}
+    tx = optax.partition(links, {"w": "w", "b": "b"})
+    params, batches = make_params(), make_batches(11)
+    state = tx.init(params)
+    stats = optax_cl.collect(state, params, batches, task=TASK, key=KEY)
+    assert len(stats.results) == 1
+    state = optax_cl.end_task(state, params, stats)
+    new, _ = tx.update(make_params(12), state, params)
+    rows = logit_gradients(batches)
+    for name, part in (("b", rows[:, :OUT]), ("w", rows[:, OUT:])):
+        u = np.float64(make_params(12)[name]).ravel()
+        expected = projector(part) @ u - u
+        np.testing.assert_allclose(np.ravel(new[name]), expected, atol=1e-5)
+
+
 # --- What an update becomes ----------------------------------------------------------
 
 
@@ -182,6 +236,15 @@ def test_an_empty_memory_changes_nothing():
     tx, updates = ogd(2, samples=4), make_params(8)
     new, _ = tx.update(updates, tx.init(updates))
     assert distance(new, updates) == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("filled", [False, True])
+def test_an_update_that_is_not_finite_stays_as_it_is(stored, value, filled):
+    tx, updates = ogd(2, samples=4), make_params(8)
+    updates["w"] = updates["w"].at[1, 1].set(value)
+    new, _ = tx.update(updates, stored if filled else tx.init(updates))
+    chex.assert_trees_all_equal(new, updates)
 
 
 def test_half_precision_is_projected_in_float32(stored):
@@ -306,6 +369,10 @@ def test_seeds_stacked_in_one_state_have_their_own_directions():
         expected, _ = tx.update(mine[1], alone)
         assert distance(mine[0], expected) < 1e-5
     assert isinstance(state, OgdState)
+    # And the boundary needs no vmap.
+    results = jax.tree.map(lambda *x: jnp.stack(x), *stats)
+    together = optax_cl.end_task(state, params, results)
+    assert distance(together.directions, both.directions) < 1e-6
     assert optax_cl.grow(both, 3).directions["w"].shape == (2, 3, 4, IN, OUT)
 
 
@@ -325,6 +392,11 @@ def test_mistakes_are_named(stored):
     with pytest.raises(ValueError, match=r"at `w` got \(7, 2\), expected \(7, 3\)"):
         updates = {"w": np.zeros((IN, 2)), "b": np.zeros(OUT)}
         ogd(2, samples=4).update(updates, stored)
+    with pytest.raises(ValueError, match=r"got None at `b`.*`optax.masked`"):
+        ogd(2, samples=4).update({"w": np.zeros((IN, OUT)), "b": None}, stored)
+    with pytest.raises(ValueError, match=r"`ogd`.*`task.outputs`.*got shape \(2,\)"):
+        task = optax_cl.Task(outputs=lambda p, b: logits(p, b)[:, 0], labels=labels_of)
+        boundary(ogd(1).init(make_params()), make_params(), make_batches(0), task)
     with pytest.raises(ValueError, match=r"`task.labels` is None"):
         task = optax_cl.Task(outputs=logits)
         boundary(ogd(1).init(make_params()), make_params(), make_batches(0), task)
