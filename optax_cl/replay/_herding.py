@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cl._core import checks
+from optax_cl._core.orthonormal import unit_scale
 
 
 def herding(features: chex.Array, num: int) -> chex.Array:
@@ -23,7 +24,8 @@ def herding(features: chex.Array, num: int) -> chex.Array:
     Of equals the first is chosen.
 
     Args:
-      features: Of one class, ``[N, d]``; not zero, since only directions count.
+      features: Of one class, ``[N, d]``; finite and not zero, since only directions
+        count. Inside ``jit``, where that is not known, others are chosen last.
       num: How many to choose, from 1 to N.
 
     Returns:
@@ -74,10 +76,13 @@ def herding(features: chex.Array, num: int) -> chex.Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _herd(features, num):
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-    # By the largest entry first, so that squares neither overflow nor vanish.
-    features = features / jnp.max(jnp.abs(features), axis=1, keepdims=True)
-    unit = features / jnp.linalg.norm(features, axis=1, keepdims=True)
-    mean = jnp.mean(unit, axis=0)
+    # Scaled first, so that squares neither overflow nor vanish.
+    rows = unit_scale(features[:, None])[:, 0]
+    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    usable = (lengths > 0) & jnp.isfinite(lengths)
+    unit = jnp.where(usable, rows / jnp.where(usable, lengths, 1), 0)
+    mean = jnp.sum(unit, axis=0) / jnp.maximum(jnp.sum(usable), 1)
+    last = jnp.finfo(unit.dtype).min
 
     def choose(t, carry):
         chosen, total, free = carry
@@ -85,7 +90,8 @@ def _herd(features, num):
         # where the product with what is missing of it is largest.
         missing = (t + 1) * mean - total
         score = jnp.einsum("nd,d->n", unit, missing, precision="highest")
-        best = jnp.argmax(jnp.where(free, score, -jnp.inf))
+        score = jnp.where(usable[:, 0], score, last)
+        best = jnp.argmax(jnp.where(free, score, -jnp.inf)).astype(jnp.int32)
         return chosen.at[t].set(best), total + unit[best], free.at[best].set(False)
 
     start = (

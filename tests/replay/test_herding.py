@@ -52,7 +52,7 @@ def test_the_mean_of_the_chosen_is_nearer_than_that_of_a_random_choice():
     assert error(np.asarray(herding(features, 20))) < min(random) / 3
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e38])
 def test_only_directions_count(scale):
     features = normal(7, 10, 3)
     rows = np.where(np.arange(10) % 2, np.float32(scale), 1)[:, None]
@@ -63,6 +63,22 @@ def test_classes_of_one_size_are_chosen_from_at_once():
     features = normal(8, 3, 8, 4)
     found = jax.jit(jax.vmap(lambda f: herding(f, 3)))(features)
     assert found.tolist() == [herding(f, 3).tolist() for f in features]
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_features_without_a_direction_are_chosen_last_inside_jit(value):
+    features = normal(10, 9, 4)
+    bad = np.insert(features, [2, 5], value, axis=0)
+    found = jax.jit(lambda f: herding(f, 11))(bad).tolist()
+    places = np.insert(np.arange(9), [2, 5], -1)  # of the rows in `features`
+    assert [places[i] for i in found] == [*herding(features, 9).tolist(), -1, -1]
+    assert found[-2:] == [2, 6]
+
+
+def test_indices_are_int32_where_integers_are_wider(x64):
+    features = np.random.default_rng(11).normal(size=(6, 3))
+    assert herding(features, 4).dtype == np.int32
+    assert herding(features, 4).tolist() == by_distance(features, 4)
 
 
 def test_mistakes_are_named():
