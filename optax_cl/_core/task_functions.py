@@ -24,7 +24,9 @@ class Task(NamedTuple):
         of each label; ``items`` are labels of one example (the tokens of a sequence).
       sample_label: ``(outputs, key) -> labels``, drawn from the model's distribution.
       layer_inputs: ``(params, batch) -> tree``, for each kernel the inputs it
-        multiplies, ``[B, ..., in]``, in the structure of params (None elsewhere).
+        multiplies, ``[B, ..., in]``, in the structure of params (None elsewhere). Of a
+        convolution they are patches, flattened as its kernel ``HWIO`` is: ``(H, W, I)``
+        (``jax.lax.conv_general_dilated_patches`` gives ``(I, H, W)``).
       labels: ``batch -> [B]`` or ``[B, items]``, the data's labels as integers that
         number the last axis of ``outputs``. ``collect`` refuses others, wherever it can
         see their values.

@@ -98,8 +98,9 @@ def protect(
 
     **Cost.** State, per matrix: r (in + 1), with an anchor r out more, with curvature
     and averages 2 r out more; a step adds about 6 r in out FLOPs. The boundary: one
-    backward pass a batch, twice if curvature is needed, and one eigendecomposition of
-    an ``[in, in]`` matrix (``svd="exact"``) or one SVD of ``[in, 2r + 8]``
+    backward pass a batch, or of inputs a forward pass, one backward pass more if
+    curvature is needed, and one eigendecomposition of an ``[in, in]`` matrix
+    (``svd="exact"``; to grow, one SVD of such more) or one SVD of ``[in, 2r + 8]``
     (``"randomized"``); no ``[in, in]`` matrix lives in the state.
 
     Args:
@@ -110,7 +111,9 @@ def protect(
       statistic: What spans the subspace: ``"gradients"`` of batches, or the layers'
         ``"inputs"``, from ``Task.layer_inputs``.
       threshold: Share of the energy in (0, 1] that a basis must hold; columns beyond
-        are zero (the rank rule). 1 fills all r columns, or takes all that there is.
+        are zero (the rank rule). 1 fills all r columns, or takes all that there is;
+        directions about a thousandth as strong as the strongest are rounding of its
+        square, and stay free.
       memory: ``"all"`` merges tasks into the r strongest columns; ``"last"`` keeps the
         last task only; ``"grow"`` keeps every column and adds what a task misses.
       svd: ``"exact"`` or ``"randomized"``, for the task's Gram matrix.

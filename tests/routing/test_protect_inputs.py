@@ -200,6 +200,46 @@ def test_stacked_layers_have_their_bases_each_of_its_own_inputs():
     np.testing.assert_allclose(projector(state.basis["w"]), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_convolution_keeps_its_answers_if_patches_are_flattened_as_it_is(
+    channels_last,
+):
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def patches(params, batch):
+        found = jax.lax.conv_general_dilated_patches(
+            batch, (2, 2), (1, 1), "VALID", dimension_numbers=numbers
+        )
+        if channels_last:  # they come with the channel first
+            found = found.reshape(*found.shape[:-1], 3, 4).swapaxes(-1, -2)
+            found = found.reshape(*found.shape[:-2], 12)
+        return {"w": found}
+
+    params = {"w": normal(0, 2, 2, 3, 5)}  # HWIO
+    image = normal(1, 1, 2, 4, 3)
+    tx = optax_cl.protect(5, optax_cl.project(), statistic="inputs", memory="grow")
+    task = optax_cl.Task(layer_inputs=patches)
+    state = boundary(tx.init(params), params, [image], task=task)
+    step, _ = tx.update({"w": normal(2, 2, 2, 3, 5)}, state, params)
+    change = jax.lax.conv_general_dilated(
+        image, step["w"], (1, 1), "VALID", dimension_numbers=numbers
+    )
+    assert (np.abs(change).max() < 1e-5) == channels_last
+
+
+def test_an_input_far_weaker_than_others_is_rounding_and_stays_free():
+    tx = optax_cl.protect(6, optax_cl.project(), statistic="inputs", memory="grow")
+    task = optax_cl.Task(layer_inputs=lambda params, batch: {"w": batch})
+    params = {"w": jnp.zeros((6, 4))}
+    step = {"w": normal(0, 6, 4)}
+    for strength, kept in ((1e-2, True), (1e-4, False)):
+        x = np.float32(np.diag([1, strength, 0, 0, 0, 0])[:2])
+        state = boundary(tx.init(params), params, [x], task=task)
+        update, _ = tx.update(step, state, params)
+        assert np.abs(update["w"][0]).max() < 1e-5
+        assert (np.abs(update["w"][1]).max() < 1e-3) == kept
+
+
 def test_a_task_without_usable_inputs_leaves_a_growing_basis_alone():
     tx = protected(2, statistic="inputs", memory="grow")
     params, batches = make_params(), make_batches(0)
