@@ -231,18 +231,15 @@ def _checked(axes: Any, path: str, shape: tuple) -> Axes:
 
 def _end_task(state, params, results):
     del params, results
-    return state._replace(task=jnp.minimum(state.task, 254) + jnp.uint8(1))
-
-
-def _check(state):
-    if isinstance(state.task, jax.core.Tracer):
-        return
-    if np.any(state.task >= state.columns):
+    if not isinstance(state.task, jax.core.Tracer) and np.any(
+        state.task >= state.columns
+    ):
         checks.warn(
             f"`progressive` has {np.max(state.columns)} columns, and a task has "
             "trained the last; another would learn nothing. If this was the last task, "
             "all is well; else begin with more columns."
         )
+    return state._replace(task=jnp.minimum(state.task, _MOST_COLUMNS) + jnp.uint8(1))
 
 
 tasks.register_boundary(
@@ -250,6 +247,5 @@ tasks.register_boundary(
     tasks.Boundary(
         end_task=_end_task,
         usage=lambda state: (state.task - 1, int(np.max(state.columns))),
-        check=_check,
     ),
 )
