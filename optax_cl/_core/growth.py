@@ -80,7 +80,11 @@ def _missing(memory, gradient, threshold):
 def factor(gram: chex.Array) -> chex.Array:
     """F with ``F F^T = gram``, ``[*batch, in, in]``; zero where that is rounding."""
     values, vectors = decompositions.eigh(gram)
-    # Below this an eigenvalue is rounding of the sum, and its root would not be small.
-    noise = 4 * jnp.sqrt(float(gram.shape[-1])) * jnp.finfo(gram.dtype).eps
-    keep = values > noise * values[..., -1:]
+    # The root of what is rounding of the sum would not be small.
+    keep = values > rounding(gram) * values[..., -1:]
     return vectors * jnp.sqrt(jnp.where(keep, values, 0.0))[..., None, :]
+
+
+def rounding(gram: chex.Array) -> chex.Numeric:
+    """Below this share of the largest, an eigenvalue is rounding of the sum."""
+    return 4 * jnp.sqrt(float(gram.shape[-1])) * jnp.finfo(gram.dtype).eps

@@ -217,9 +217,16 @@ def basis_pass(
 
 def _grown(u, e, normalised, threshold):
     """Old columns, those that the threshold asks for beside them, and all energies."""
-    count = jnp.sum(jnp.any(u != 0, axis=-2), axis=-1, dtype=jnp.int32)
-    basis, _ = growth.grow_memory(u, count, growth.factor(normalised), threshold)
-    return basis, e + jnp.sum(basis * linalg.lift(normalised, basis), axis=-2)
+    old = jnp.any(u != 0, axis=-2)
+    factor = growth.factor(normalised)
+    count = jnp.sum(old, axis=-1, dtype=jnp.int32)
+    basis, _ = growth.grow_memory(u, count, factor, threshold)
+    share = jnp.sum(basis * linalg.lift(normalised, basis), axis=-2)
+    # Rounding turns weak eigenvectors of the same inputs a little off their basis. What
+    # is new of them holds no energy, and would take room for good.
+    strongest = jnp.max(jnp.sum(factor**2, axis=-2), axis=-1, keepdims=True)
+    keep = old | (share > growth.rounding(normalised) * strongest)
+    return basis * keep[..., None, :], e + share * keep
 
 
 def _gradients(views, basis, data, labels):

@@ -96,6 +96,21 @@ def gradient(params, batch):
     return x.T @ (p - np.eye(OUT)[np.asarray(batch["y"])])
 
 
+def test_tasks_of_one_subspace_add_no_column_of_rounding():
+    tx = optax_cl.protect(32, optax_cl.project(), statistic="inputs", memory="grow")
+    task = optax_cl.Task(layer_inputs=lambda params, batch: {"w": batch})
+    params, span = {"w": jnp.zeros((32, 4))}, orthonormal(0, 32, 8)
+    state = tx.init(params)
+    for seed in range(4):
+        x = (
+            normal(seed, 200, 8)
+            * np.logspace(0, -2, 8, dtype=np.float32)[None]
+            @ span.T
+        )
+        state = boundary(state, params, [x], task=task)
+        assert np.any(state.basis["w"] != 0, axis=0).sum() == 8
+
+
 def test_energies_of_a_growing_basis_add_up_each_tasks_share_along_a_column():
     tx = protected(4, statistic="inputs", memory="grow")
     state, expected = tx.init(make_params()), np.zeros(4)
