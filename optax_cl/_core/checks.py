@@ -9,6 +9,7 @@ import contextlib
 import math
 import numbers
 import os
+import re
 import sys
 import warnings
 from collections.abc import Collection
@@ -104,6 +105,16 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)
         raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+    """Raises unless ``pattern`` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`{name}` must be a regular expression; got {pattern!r} ({error})."
+        ) from error
 
 
 def check_key(name: str, key: Any) -> None:

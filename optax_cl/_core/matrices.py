@@ -129,12 +129,7 @@ def matrix_views(
         ("override", p) for p in override or {}
     ]:
         if pattern is not None:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(
-                    f"`{name}` must be a regular expression; got {pattern!r} ({error})."
-                ) from error
+            checks.check_pattern(name, pattern)
     return KernelViews(
         layout, embeddings, stacked, skip, tuple((override or {}).items())
     )

@@ -112,7 +112,7 @@ def progressive(
         raise ValueError(f"`columns` must be at most {_MOST_COLUMNS}; got {columns}.")
     by_pattern = [("inputs", inputs), *(("axes", p) for p in axes or {})]
     for name, pattern in by_pattern:
-        _check_pattern(name, pattern)
+        checks.check_pattern(name, pattern)
     axes = dict(axes or {})
 
     def axes_of(path, leaf):
@@ -199,15 +199,6 @@ def _check_divides(columns: int, axes: Axes, path: str, shape: tuple) -> None:
                 f"`{path}`, of shape {shape}, is no multiple of {columns}. Change the "
                 "width; or, if this leaf reads the input, name it in `inputs`."
             )
-
-
-def _check_pattern(name: str, pattern: Any) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"`{name}` must be a regular expression; got {pattern!r} ({error})."
-        ) from error
 
 
 def _checked(axes: Any, path: str, shape: tuple) -> Axes:

@@ -15,16 +15,6 @@ from optax_cl.lora import _checks
 FACTORS = r"(^|/)(a|lora_a)$"  # `LoRA.a` here, and in `flax.nnx.LoRA`
 
 
-def check_pattern(factors: str) -> None:
-    """Raises unless ``factors`` is a regular expression."""
-    try:
-        re.compile(factors)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"`factors` must be a regular expression; got {factors!r} ({error})."
-        ) from error
-
-
 def is_factor(factors: str, path: Any) -> bool:
     """Whether the leaf at a path is an input-side factor."""
     return re.search(factors, checks.path_str(path)) is not None

@@ -151,7 +151,7 @@ def frozen_a(
       2. InfLoRA bounds its memory by switching to the complement when that is smaller
          (DualGPM); here the capacity is fixed.
     """
-    _factors.check_pattern(factors)
+    checks.check_pattern("factors", factors)
     checks.check_number("threshold", threshold, low=0.0, high=1.0)
     checks.check_choice("statistic", statistic, STATISTICS)
     checks.check_choice("overflow", overflow, _memory.OVERFLOWS)

@@ -124,7 +124,7 @@ def olora(
     checks.check_number("strength", strength, low=0.0, schedule=True)
     checks.check_choice("penalty", penalty, PENALTIES)
     rules = _rows.make_rules(capacity, overflow, penalty)
-    _factors.check_pattern(factors)
+    checks.check_pattern("factors", factors)
 
     def init_fn(params):
         count = jnp.zeros([], jnp.int32)

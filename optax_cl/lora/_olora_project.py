@@ -106,7 +106,7 @@ def olora_project(
       1. The paper penalises the overlap (:func:`olora`); this removes it.
     """
     rules = _rows.make_rules(capacity, overflow, None)
-    _factors.check_pattern(factors)
+    checks.check_pattern("factors", factors)
 
     def init_fn(params):
         rows = _rows.empty("olora_project", factors, params, rules)

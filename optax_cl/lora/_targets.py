@@ -106,12 +106,7 @@ def targets(
         )
     for pattern, rank in ranks.items():
         checks.check_positive_int(f"ranks[{pattern!r}]", rank)
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"`ranks` must map regular expressions; got {pattern!r} ({error})."
-            ) from error
+        checks.check_pattern("ranks", pattern)
     leaves = _leaves(params)
     matched = set()
     entries = []
