@@ -137,7 +137,8 @@ def basis_pass(
     all zero, or not finite, keeps its basis.
 
     Its result is ``{"basis": U, "energy": e, "usable": bool [*batch]}`` for a state
-    that has ``basis``, ``energy`` and ``threshold``; see ``protect``.
+    that has ``basis``, ``energy`` and ``threshold``; see ``protect``. Of a basis that
+    grows, ``"share"`` is the task's part of every energy.
     """
     columns = _inputs if statistic == "inputs" else _gradients
 
@@ -182,15 +183,20 @@ def basis_pass(
             trace = jnp.where(usable, a["trace"], 1.0)[..., None, None]
             normalised = jnp.where(usable[..., None, None], a["sum"] / trace, 0.0)
             if memory == "grow":
-                basis, energy = _grown(u, e, normalised, state.threshold)
+                basis, share = _grown(u, normalised, state.threshold)
+                energy = e + share
             else:
                 basis, energy = _merged(u, e, normalised, state.threshold)
+                share = None
             usable &= jnp.all(jnp.isfinite(basis), axis=(-2, -1))
-            return {
+            found = {
                 "basis": jnp.where(usable[..., None, None], basis, u),
                 "energy": jnp.where(usable[..., None], energy, e),
                 "usable": usable,
             }
+            if share is not None:
+                found["share"] = jnp.where(usable[..., None], share, 0)
+            return found
 
         # Leaves that this pass did not see (hidden by a mask) do not occur: a state's
         # own mask decides which leaves it holds, and how it writes that.
@@ -199,7 +205,8 @@ def basis_pass(
         split = lambda name: jax.tree.map(  # noqa: E731
             lambda u, m: m[name], state.basis, merged
         )
-        return {name: split(name) for name in ("basis", "energy", "usable")}
+        names = ["basis", "energy", "usable"] + ["share"] * (memory == "grow")
+        return {name: split(name) for name in names}
 
     def _merged(u, e, normalised, threshold):
         if memory == "last":
@@ -215,8 +222,8 @@ def basis_pass(
     return tasks.Pass("basis", init, step, finish)
 
 
-def _grown(u, e, normalised, threshold):
-    """Old columns, those that the threshold asks for beside them, and all energies."""
+def _grown(u, normalised, threshold):
+    """Old columns and those that the threshold asks for; what each has of the task."""
     old = jnp.any(u != 0, axis=-2)
     factor = growth.factor(normalised)
     count = jnp.sum(old, axis=-1, dtype=jnp.int32)
@@ -226,7 +233,7 @@ def _grown(u, e, normalised, threshold):
     # is new of them holds no energy, and would take room for good.
     strongest = jnp.max(jnp.sum(factor**2, axis=-2), axis=-1, keepdims=True)
     keep = old | (share > growth.rounding(normalised) * strongest)
-    return basis * keep[..., None, :], e + share * keep
+    return basis * keep[..., None, :], share * keep
 
 
 def _gradients(views, basis, data, labels):

@@ -19,6 +19,7 @@ from optax_cl.routing._adam import (
 from optax_cl.routing._aliases import decoupled_adamw as decoupled_adamw
 from optax_cl.routing._aliases import multi_steps as multi_steps
 from optax_cl.routing._attenuate import AttenuateState as AttenuateState
+from optax_cl.routing._attenuate import ScaledProjectState as ScaledProjectState
 from optax_cl.routing._attenuate import attenuate as attenuate
 from optax_cl.routing._attenuate import project as project
 from optax_cl.routing._capture import capture_raw as capture_raw

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import subspaces, trees
+from optax_cl._core import checks, subspaces, trees
 from optax_cl.routing import _capture, _rules, _subspace
 
 
@@ -14,6 +14,12 @@ class AttenuateState(NamedTuple):
     """State of ``attenuate``: the rule's own averages."""
 
     rule: Any
+    declaration: Any  # Declaration: static, no leaves
+
+
+class ScaledProjectState(NamedTuple):
+    """State of ``project`` with a scale: no arrays."""
+
     declaration: Any  # Declaration: static, no leaves
 
 
@@ -66,7 +72,8 @@ def attenuate(
       withdrawn
 
       Saha and Roy, `Scaled Gradient Projection <https://arxiv.org/abs/2302.01386>`_,
-      2023 (weights from singular values; theirs follow another formula)
+      2023 (weights from singular values; theirs, by another formula, are
+      ``project(scale=10)``)
     """
     rule = _rules.balance() if strength is None else _rules.as_rule(strength)
 
@@ -92,8 +99,8 @@ def attenuate(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def project() -> optax.GradientTransformationExtraArgs:
-    r"""Removes the protected component altogether: :math:`u - U U^T u`.
+def project(*, scale: float | None = None) -> optax.GradientTransformationExtraArgs:
+    r"""Removes the protected component: :math:`u - U U^T u`, or a share of it.
 
     **Placement.** Inside ``protect``, after the moments and after weight decay; then
     the step leaves ``U^T W`` unchanged to rounding (\|U^T u\| / \|u\| below 1e-6), on
@@ -101,11 +108,31 @@ def project() -> optax.GradientTransformationExtraArgs:
     scalar multiple breaks that. Before the moments it is the projection of the SGD
     papers, and Adam leaks. Stateless.
 
+    **With a scale** it is the scaled projection of SGP, for bases that grow:
+
+    .. math::
+        u - U \mathrm{diag}(\lambda) U^T u, \qquad
+        \lambda \leftarrow \min\Bigl(\lambda + \frac{(\alpha + 1)\, s}{\alpha s + \max_j
+        s_j}, 1\Bigr)
+
+    at every boundary, with :math:`s_i = \|u_i^T G\|` what column i holds of the task's
+    inputs or gradients G. What matters little to old tasks stays free to learn; how
+    much, the scale tells: 0 weighs by relative singular values, and without a bound it
+    is the whole projection. Nothing is left unchanged exactly but columns with
+    :math:`\lambda = 1`.
+
+    Args:
+      scale: SGP's :math:`\alpha`, at least 0, a Python number; its authors take 10. The
+        owner then stores :math:`\lambda`, r numbers a matrix.
+
     Returns:
-      A ``GradientTransformationExtraArgs`` without state.
+      A ``GradientTransformationExtraArgs``, without a state of arrays.
 
     Raises:
-      TypeError: At trace time outside ``protect``.
+      TypeError: For a scale that is no Python number; at trace time outside
+        ``protect``, where there is no basis.
+      ValueError: For a scale below 0. By ``protect``, at ``init``: for a scale beside
+        another memory than ``"grow"``, or another scale.
 
     Example:
       >>> import optax_cl
@@ -115,16 +142,31 @@ def project() -> optax.GradientTransformationExtraArgs:
     References:
       Wang et al, `Training Networks in Null Space <https://arxiv.org/abs/2103.07113>`_,
       2021
+
+      Saha and Roy, `Scaled Gradient Projection <https://arxiv.org/abs/2302.01386>`_,
+      2023
     """
+    if scale is not None:
+        if not checks.is_concrete_number(scale):
+            raise TypeError(
+                f"`scale` must be a Python number; got {scale!r}. It is read at task "
+                "boundaries, and can't be traced or injected."
+            )
+        checks.check_number("scale", scale, low=0.0)
+        declaration = _subspace.Declaration(frozenset({"importance"}), float(scale))
+
+    def init_fn(params):
+        del params
+        return optax.EmptyState() if scale is None else ScaledProjectState(declaration)
 
     def update_fn(updates, state, params=None, *, basis=None, **extra_args):
         del params, extra_args
         space = _subspace.require_basis("project", basis)
-        return _subspace.removed(space.views, space.basis, updates), state
+        importance = None if scale is None else space.importance
+        updates = _subspace.removed(space.views, space.basis, updates, importance)
+        return updates, state
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(), update_fn
-    )
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _context(space, needs, coeffs, raw_updates, updates):

@@ -1,5 +1,6 @@
 """One owner for the memory of a protected subspace, which it lends to links inside."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,11 +19,12 @@ class ProtectState(NamedTuple):
 
     basis: chex.ArrayTree  # U, float32 [*batch, in, r], orthonormal or zero columns
     energy: chex.ArrayTree  # eigenvalues, float32 [*batch, r]
-    # The next four are None if no link reads them.
+    # The next five are None if no link reads them.
     anchor: Any  # U^T W*, float32 [*batch, r, out]
     curvature: Any  # Lambda, float32 [*batch, r, out]
     mean: Any  # average of U^T g, float32 [*batch, r, out]
     mean_weight: Any  # float32 [], total weight of the average
+    importance: Any  # lambda of SGP, float32 [*batch, r]
     threshold: chex.Array  # float32 [], share of the energy that a basis must hold
     mean_decay: chex.Array  # float32 [], decay of `mean`
     tasks: chex.Array  # int32 [], tasks consolidated
@@ -92,9 +94,10 @@ def protect(
     cancels the attenuation. Use ``scale_by_decoupled_adam``.
 
     **Known methods.** With ``statistic="inputs"`` and ``project()``: GPM is
-    ``memory="grow"`` and ``project()`` before plain SGD, and Adam-NSCL ``project()``
-    after Adam's moments, with the kept null space told by ``threshold``. After the
-    moments the guarantee holds for any optimizer.
+    ``memory="grow"`` and ``project()`` before plain SGD, SGP the same with
+    ``project(scale=10)``, and Adam-NSCL ``project()`` after Adam's moments, with the
+    kept null space told by ``threshold``. After the moments the guarantee holds for any
+    optimizer.
 
     **Cost.** State, per matrix: r (in + 1), with an anchor r out more, with curvature
     and averages 2 r out more; a step adds about 6 r in out FLOPs. The boundary: one
@@ -194,7 +197,8 @@ def protect(
 
     def init_fn(params):
         inner_state = inner.init(params)
-        needs = _declared_needs(inner_state)
+        needs = {need for d in _declarations(inner_state) for need in d.needs}
+        _check_scale(settings, inner_state)
 
         def zeros(shape_of):
             return subspaces.map_matrices(
@@ -209,6 +213,9 @@ def protect(
             *batch, fan_in, _ = matrix_shape(view, p.shape)
             return (*batch, fan_in, rank)
 
+        def energy_shape(p, view):
+            return (*matrix_shape(view, p.shape)[:-2], rank)
+
         def coefficient_shape(p, view):
             *batch, _, fan_out = matrix_shape(view, p.shape)
             return (*batch, rank, fan_out)
@@ -217,11 +224,12 @@ def protect(
         has_mean = "mean" in needs
         return ProtectState(
             basis=zeros(basis_shape),
-            energy=zeros(lambda p, view: (*matrix_shape(view, p.shape)[:-2], rank)),
+            energy=zeros(energy_shape),
             anchor=zeros(coefficient_shape) if "displacement" in needs else None,
             curvature=zeros(coefficient_shape) if "curvature" in needs else None,
             mean=zeros(coefficient_shape) if has_mean else None,
             mean_weight=jnp.zeros([], jnp.float32) if has_mean else None,
+            importance=zeros(energy_shape) if "importance" in needs else None,
             **numbers(),
             tasks=jnp.zeros([], jnp.int32),
             settings=settings,
@@ -267,6 +275,7 @@ def protect(
             displacement=displacement,
             curvature=state.curvature,
             mean=corrected,
+            importance=state.importance,
             views=settings.views,
         )
         updates, inner_state = captured.update(
@@ -277,13 +286,13 @@ def protect(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _declared_needs(state: Any) -> frozenset[str]:
-    """Union of the declarations of links that read this owner; leafless nodes."""
-    found: set[str] = set()
+def _declarations(state: Any) -> list[_subspace.Declaration]:
+    """What links that read this owner declare; leafless nodes."""
+    found = []
 
     def visit(node):
         if isinstance(node, _subspace.Declaration):
-            found.update(node.needs)
+            found.append(node)
         return node
 
     # Links inside another owner read that one.
@@ -292,7 +301,27 @@ def _declared_needs(state: Any) -> frozenset[str]:
         state,
         is_leaf=lambda n: isinstance(n, _subspace.Declaration | ProtectState),
     )
-    return frozenset(found)
+    return found
+
+
+def _scale(state: Any) -> float | None:
+    """The scale that a link declares, if one does."""
+    scales = (d.scale for d in _declarations(state))
+    return next((scale for scale in scales if scale is not None), None)
+
+
+def _check_scale(settings: ProtectSettings, inner: Any) -> None:
+    scales = {d.scale for d in _declarations(inner) if d.scale is not None}
+    if len(scales) > 1:
+        raise ValueError(
+            f"`project` has different scales inside one `protect`: {sorted(scales)}. "
+            "The owner stores one importance; put each in an owner of its own."
+        )
+    if scales and settings.memory != "grow":
+        raise ValueError(
+            f"`project(scale=...)` adds up what each column held of every task, and "
+            f"`memory={settings.memory!r}` turns columns. Use `memory='grow'`."
+        )
 
 
 def _check_ranks(settings: ProtectSettings, params: chex.ArrayTree) -> None:
@@ -338,12 +367,13 @@ def _passes(state: ProtectState) -> tuple[tasks.Pass, ...]:
 
 def _end_task(state, params, results):
     params = trees.align_structure("params", params, state.basis)
-    own = state._replace(inner=())
-    return _consolidated(own, params, results)._replace(inner=state.inner)
+    own, scale = state._replace(inner=()), _scale(state.inner)
+    return _consolidated(scale, own, params, results)._replace(inner=state.inner)
 
 
-@jax.jit  # a boundary is mostly called outside jit, and this is many small operations
-def _consolidated(state, params, results):
+# A boundary is mostly called outside jit, and this is many small operations.
+@functools.partial(jax.jit, static_argnums=0)
+def _consolidated(scale, state, params, results):
     new = results["basis"]
     anchor, curvature = state.anchor, state.curvature
     if anchor is not None:
@@ -362,7 +392,13 @@ def _consolidated(state, params, results):
             curvature = subspaces.rotate_curvature(
                 state.basis, new["basis"], curvature, task
             )
+    importance = state.importance
+    if importance is not None:
+        importance = jax.tree.map(
+            functools.partial(_more_important, scale), importance, new["share"]
+        )
     consolidated = state._replace(
+        importance=importance,
         basis=trees.copy(new["basis"]),
         energy=trees.copy(new["energy"]),
         anchor=anchor,
@@ -378,6 +414,14 @@ def _consolidated(state, params, results):
     )
 
 
+def _more_important(scale, importance, share):
+    """``lambda`` after a task of which the columns hold the energies ``share``."""
+    s = jnp.sqrt(jnp.maximum(share, 0))
+    bottom = scale * s + jnp.max(s, axis=-1, keepdims=True)
+    new = jnp.where(s > 0, (scale + 1) * s / jnp.where(s > 0, bottom, 1), 0)
+    return jnp.minimum(importance + new, 1)
+
+
 def _where_anchored(new: ProtectState, old: ProtectState) -> ProtectState:
     """``new``, but ``old`` at leaves whose anchor is not finite."""
 
@@ -391,7 +435,7 @@ def _where_anchored(new: ProtectState, old: ProtectState) -> ProtectState:
             return None
         return jax.tree.map(pick, new.anchor, getattr(new, field), before)
 
-    fields = ("basis", "energy", "anchor", "curvature")
+    fields = ("basis", "energy", "anchor", "curvature", "importance")
     return new._replace(**{field: choose(field) for field in fields})
 
 

@@ -14,9 +14,10 @@ from optax_cl._core.matrices import ViewRule, from_matrix
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Declaration:
-    """What a link needs of the owner; leafless, read by ``protect`` at ``init``."""
+    """What a link needs of the owner; leafless, read by ``protect``."""
 
     needs: frozenset[str]
+    scale: float | None = None  # SGP's alpha, for those that need the importance
 
 
 class Subspace(NamedTuple):
@@ -28,6 +29,7 @@ class Subspace(NamedTuple):
     displacement: chex.ArrayTree | None  # U^T (W - W*)
     curvature: chex.ArrayTree | None  # Lambda
     mean: chex.ArrayTree | None  # corrected average of `raw`
+    importance: chex.ArrayTree | None  # lambda
     views: ViewRule
 
 
@@ -81,8 +83,14 @@ def add_lifted(
 
 
 def removed(
-    views: ViewRule, basis: chex.ArrayTree, updates: chex.ArrayTree
+    views: ViewRule,
+    basis: chex.ArrayTree,
+    updates: chex.ArrayTree,
+    importance: chex.ArrayTree | None = None,
 ) -> chex.ArrayTree:
-    """``g - U U^T g`` at every protected leaf."""
+    """``g - U diag(lambda) U^T g`` at every protected leaf; None is lambda = 1."""
     coeffs = subspaces.coefficients(views, basis, updates)
+    if importance is not None:
+        importance = trees.align_structure("importance", importance, coeffs)
+        coeffs = jax.tree.map(lambda c, lam: lam[..., None] * c, coeffs, importance)
     return add_lifted(views, basis, updates, jax.tree.map(jnp.negative, coeffs))

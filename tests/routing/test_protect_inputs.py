@@ -256,8 +256,7 @@ def test_an_input_far_weaker_than_others_is_rounding_and_stays_free():
 
 
 def test_a_task_without_usable_inputs_leaves_a_growing_basis_alone():
-    tx = protected(2, statistic="inputs", memory="grow")
-    params, batches = make_params(), make_batches(0)
+    tx, params, batches = sgp(10.0), make_params(), make_batches(0)
     state = boundary(tx.init(params), params, batches, task=UNLABELLED)
     for value in (0.0, np.nan, np.inf):
         bad = [{"x": jnp.full((4, IN), value), "y": np.zeros(4, int)}]
@@ -267,6 +266,7 @@ def test_a_task_without_usable_inputs_leaves_a_growing_basis_alone():
             after = boundary(state, params, bad, task=UNLABELLED)
         assert distance(after.basis, state.basis) == 0
         assert distance(after.energy, state.energy) == 0
+        assert distance(after.importance, state.importance) == 0
 
 
 def test_balance_works_in_a_subspace_of_inputs():
@@ -294,3 +294,97 @@ def test_wrong_settings_and_inputs_name_what_is_wrong():
         with pytest.raises(ValueError, match=message):
             task = optax_cl.Task(layer_inputs=inputs)
             boundary(state, params, make_batches(0), task=task)
+
+
+def importances(tasks, threshold, alpha):
+    """SGP's rule as its authors compute it: by the SVD of each part, in float64."""
+    m, importance = np.zeros((IN, 0)), np.zeros(0)
+    for r in tasks:
+        r = r / np.linalg.norm(r)
+        old = m.shape[1]
+        inside = m @ (m.T @ r)
+        u, s, _ = np.linalg.svd(inside)
+        s = np.pad(s, (0, max(0, IN - len(s))))[:IN]
+        of_old = np.sqrt(((m.T @ u) ** 2 * s**2).sum(1))
+        m = gpm(m, r, threshold)
+        fresh = np.linalg.svd(r - inside)[1][: m.shape[1] - old]
+        values = np.r_[of_old, fresh]
+        new = (alpha + 1) * values / (alpha * values + values.max())
+        importance = np.clip(np.r_[importance, np.zeros(len(fresh))] + new, 0, 1)
+    return m, importance
+
+
+def sgp(alpha, **settings):
+    settings = {
+        "statistic": "inputs",
+        "memory": "grow",
+        "threshold": 0.9,
+        "matrices": optax_cl.matrix_views(skip="b"),
+        **settings,
+    }
+    links = optax_cl.scale_by_decoupled_adam(), optax_cl.project(scale=alpha)
+    return optax_cl.protect(IN, *links, **settings)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 10.0])
+def test_importance_adds_up_over_three_tasks_as_sgp_has_it(alpha):
+    tx, seen = sgp(alpha), []
+    state = tx.init(make_params())
+    for task in range(3):
+        scale = np.roll([3, 1, 0.3, 0.1, 0.05, 0.02], 2 * task)
+        batches = make_batches(30 + task, (8, 4), scale)
+        seen.append(stacked_inputs(batches))
+        state = boundary(state, make_params(), batches, task=UNLABELLED)
+        m, importance = importances(seen, 0.9, alpha)
+        used = np.any(np.asarray(state.basis["w"]) != 0, axis=0)
+        assert used.sum() == m.shape[1]
+        assert not np.asarray(state.importance["w"])[~used].any()
+        # Columns of one task may come in another order, or turned where they are equal.
+        u = np.float64(state.basis["w"])
+        np.testing.assert_allclose(
+            u @ np.diag(state.importance["w"]) @ u.T,
+            m @ np.diag(importance) @ m.T,
+            atol=2e-4,
+        )
+    assert 0.05 < importance.min() < 1
+
+
+def test_a_step_keeps_of_each_direction_what_its_importance_leaves():
+    tx = sgp(10.0)
+    params, state = make_params(), None
+    state = tx.init(params)
+    batches = make_batches(3, (6, 6), [3, 1, 0.3, 0.1, 0.05, 0.02])
+    state = boundary(state, params, batches, task=UNLABELLED)
+    g = make_params(1)
+    updates, _ = tx.update(g, state, params)
+    plain, _ = protected().update(g, protected().init(params), params)
+    u, lam = state.basis["w"], np.asarray(state.importance["w"])
+    np.testing.assert_allclose(
+        u.T @ updates["w"], (1 - lam)[:, None] * (u.T @ plain["w"]), atol=1e-5
+    )
+
+
+def test_without_bound_the_scale_makes_it_the_whole_projection():
+    params, batches = make_params(), make_batches(3, (6, 6), [3, 1, 0.3, 0.1, 0.05, 0])
+    projected = []
+    for alpha in (1e9, None):
+        tx = sgp(alpha)
+        state = boundary(tx.init(params), params, batches, task=UNLABELLED)
+        projected.append(tx.update(make_params(1), state, params)[0]["w"])
+        assert (state.importance is None) == (alpha is None)
+    np.testing.assert_allclose(*projected, atol=1e-5)
+
+
+def test_mistakes_in_scales_are_named():
+    params = make_params()
+    with pytest.raises(ValueError, match=r"adds up .*`memory='all'` turns columns"):
+        sgp(10.0, memory="all").init(params)
+    links = optax_cl.project(scale=1.0), optax_cl.project(scale=2.0)
+    with pytest.raises(ValueError, match=r"different scales .*\[1.0, 2.0\]"):
+        optax_cl.protect(
+            2, *links, memory="grow", matrices=optax_cl.matrix_views(skip="b")
+        ).init(params)
+    with pytest.raises(ValueError, match="`scale` must be"):
+        optax_cl.project(scale=-1.0)
+    with pytest.raises(TypeError, match="`scale` must be a Python number"):
+        optax_cl.project(scale=jnp.float32(1.0))
