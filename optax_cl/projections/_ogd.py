@@ -64,7 +64,7 @@ def ogd(
     **Memory.** ``capacity * samples`` trees like params, in float32; a model of 1e5
     parameters with 100 examples of 5 tasks takes 200 MB. **Work per step.** Two reads
     of what is stored, used or not. **At a boundary** one backward pass for each stored
-    example, and about ``12 samples^2 (capacity + 1)`` FLOPs a parameter.
+    example, and about ``8 samples^2 (capacity + 1)`` FLOPs a parameter.
 
     Args:
       capacity: Tasks that fit.
@@ -242,8 +242,8 @@ def _new_directions(bank: chex.ArrayTree, rows: chex.ArrayTree) -> chex.ArrayTre
     usable = (peak > 0) & jnp.isfinite(peak)
     rows = _scaled(rows, jnp.where(usable, 1 / jnp.where(usable, peak, 1), 0))
     rows = _unit(rows, 0)
-    # Always twice: what one pass leaves is rounding of the length before it.
-    rows = off(bank, off(bank, rows))
+    # And once more at the end: what a pass leaves is rounding of the length before it.
+    rows = off(bank, rows)
     found = jax.tree.map(jnp.zeros_like, rows)
 
     def step(i, found):

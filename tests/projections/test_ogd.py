@@ -1,3 +1,5 @@
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,13 @@ def test_fewer_examples_than_places_leave_places_empty():
     assert used.tolist() == [True] * 3 + [False] * 9
 
 
+def test_padding_is_not_stored_in_the_place_of_an_example():
+    batches = make_batches(12, (3, 2))
+    state = boundary(ogd(1, samples=6).init(make_params()), make_params(), batches)
+    v = flat(state.directions)
+    np.testing.assert_allclose(v.T @ v, projector(logit_gradients(batches)), atol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_what_is_stored_already_is_not_stored_again(scale):
     (batch,) = make_batches(4, (2,))
@@ -138,6 +147,18 @@ def test_nearly_parallel_examples_are_told_apart_and_made_orthogonal():
     np.testing.assert_allclose(v @ v.T, np.eye(4), atol=1e-6)
     # Rounding of the inputs, of 6e-8, is a share of 6e-5 of what tells them apart.
     np.testing.assert_allclose(v.T @ v, projector(logit_gradients(batches)), atol=1e-3)
+
+
+@pytest.mark.parametrize("apart", [3e-5, 3e-4, 3e-3])
+def test_tasks_that_are_nearly_one_have_orthogonal_directions(apart):
+    params, (batch,) = make_params(), make_batches(13, (4,))
+    state = boundary(ogd(2, samples=4).init(params), params, [batch])
+    x = batch["x"][[0, 0, 2, 3]] + np.float32(apart) * normal(14, 4, IN)
+    y = batch["y"][[0, 0, 2, 3]]
+    v = flat(boundary(state, params, [{"x": x, "y": y}]).directions)
+    used = np.any(v != 0, axis=1)
+    assert used[:5].all()
+    np.testing.assert_allclose(v @ v.T, np.diag(1.0 * used), atol=1e-6)
 
 
 def test_an_example_whose_gradient_is_not_finite_is_left_out():
@@ -230,6 +251,19 @@ def test_an_update_loses_its_part_in_the_span_and_nothing_else(stored):
     off = np.eye(len(u)) - projector(logit_gradients(make_batches(7)))
     found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(new)])
     np.testing.assert_allclose(found, off @ u, atol=1e-5)
+
+
+def test_products_are_in_full_matrix_precision(stored):
+    # Reduced precision would leave a thousandth of what it should remove; ask the
+    # programs, since the CPU computes in full precision whatever it is told.
+    dropping = ogd(2, samples=4, overflow="drop").init(make_params())
+    stats = optax_cl.collect(stored, make_params(), make_batches(7), task=TASK, key=KEY)
+    for program in (
+        jax.jit(ogd(2, samples=4).update).lower(make_params(), stored),
+        jax.jit(optax_cl.end_task).lower(dropping, make_params(), stats),
+    ):
+        products = re.findall("dot_general.*", program.as_text())
+        assert products and all("HIGHEST" in product for product in products)
 
 
 def test_an_empty_memory_changes_nothing():
