@@ -49,6 +49,14 @@ def test_keys_are_answered_with_their_values_whatever_the_ridge(n):
         assert np.linalg.matrix_rank(change, tol=1e-4) == n
 
 
+def test_few_inputs_of_any_scale_will_do_for_the_second_moment():
+    w, k, v, _ = problem(19, 2)
+    x = np.asarray(normal(20, 3, IN))  # of eight directions they show three
+    edited = edit_kernel(w, k, v, x.T @ x)
+    np.testing.assert_allclose(k @ np.asarray(edited), v, atol=1e-3)
+    assert distance(edit_kernel(w, k, v, 2.0**20 * (x.T @ x)), edited) < 1e-5
+
+
 def test_no_other_change_that_answers_them_costs_less():
     w, k, v, c = problem(3, 2)
     change = np.float64(edit_kernel(w, k, v, c, ridge=0.0)) - w

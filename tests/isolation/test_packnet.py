@@ -151,6 +151,18 @@ def test_the_share_is_counted_in_full_whatever_the_fractions_dtype():
     assert np.sum(np.asarray(state.owner["kernel"]) == 0) == 512  # of .51171875
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (4, 3, 2, 2)])
+def test_kernels_of_another_layout_lose_their_smallest_weights(shape):
+    w = normal(0, *shape)
+    tx = packnet(matrices=optax_cl.matrix_views(layout="out_in"))
+    state, pruned = packnet_prune(tx.init({"kernel": w}), {"kernel": w}, 0.4)
+    smallest = np.argsort(np.abs(np.ravel(w)))[: round(0.4 * w.size)]
+    assert set(np.flatnonzero(np.ravel(pruned["kernel"]) == 0)) == set(smallest)
+    # Of parameters that were never pruned, too.
+    read = packnet_params(state, {"kernel": w}, 1)
+    assert distance(read, pruned) == 0
+
+
 def test_stacked_layers_are_pruned_each_by_itself():
     tx = packnet(matrices=optax_cl.matrix_views(stacked="kernel"))
     w = normal(0, 3, 4, 5) * jnp.array([1.0, 10.0, 100.0])[:, None, None]
