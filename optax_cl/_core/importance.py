@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optax_cl._core import checks, trees
+from optax_cl._core import checks, places, trees
 
 ANCHORS = ("merged", "separate", "latest")
 ACCUMULATE = ("sum", "decay", "ema")
@@ -353,36 +352,16 @@ def check_room(memory: ImportanceMemory) -> None:
     rules = memory.rules
     if rules.anchors != "separate" or rules.overflow != "error":
         return
-    if isinstance(memory.stored, jax.core.Tracer):
-        raise ValueError(
-            "`overflow='error'` cannot be checked inside a transformed function, where "
-            "the number of stored tasks is not known. Call `collect` and `end_task` "
-            "outside `jit`, or build the method with `overflow='merge'`."
-        )
-    if np.max(memory.stored) >= rules.capacity:
-        raise ValueError(
-            f"all {rules.capacity} places for tasks are taken (`capacity="
-            f"{rules.capacity}`, `overflow='error'`). Enlarge the state with "
-            "`optax_cl.grow(opt_state, capacity)`, or build the method with "
-            "`overflow='merge'` or `anchors='merged'`."
-        )
+    instead = "`overflow='merge'` or `anchors='merged'`"
+    places.check_left(memory.stored, rules.capacity, instead)
 
 
 def grow(memory: ImportanceMemory, capacity: int) -> ImportanceMemory:
     """The memory with banks of ``capacity`` entries."""
     if memory.rules.capacity is None:
         return memory
-
-    # States of several seeds may be stacked in one: the bank's axis is behind theirs.
-    axis = jnp.ndim(memory.stored)
-
-    def pad(x):
-        more = [(0, 0)] * x.ndim
-        more[axis] = (0, capacity - x.shape[axis])
-        return jnp.pad(x, more)
-
     return memory._replace(
-        importance=jax.tree.map(pad, memory.importance),
-        anchor=jax.tree.map(pad, memory.anchor),
+        importance=places.add(memory.importance, memory.stored, capacity),
+        anchor=places.add(memory.anchor, memory.stored, capacity),
         rules=dataclasses.replace(memory.rules, capacity=capacity),
     )

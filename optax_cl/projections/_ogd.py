@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optax_cl._core import checks, per_example, statistics, tasks, trees
+from optax_cl._core import checks, per_example, places, statistics, tasks, trees
 
 # Of a direction's length, what has to be left beside the others; less is rounding.
 _TOLERANCE = 1e-5
@@ -340,34 +339,13 @@ def _stored(state, rows):
 
 
 def _check(state):
-    if state.rules.overflow != "error":
-        return
-    if isinstance(state.tasks, jax.core.Tracer):
-        raise ValueError(
-            "`overflow='error'` cannot be checked inside a transformed function, where "
-            "the number of stored tasks is not known. Call `collect` and `end_task` "
-            "outside `jit`, or build `ogd` with `overflow='drop'`."
-        )
-    if np.max(state.tasks) >= state.rules.capacity:
-        raise ValueError(
-            f"all {state.rules.capacity} places for tasks are taken (`capacity="
-            f"{state.rules.capacity}`, `overflow='error'`). Enlarge the state with "
-            "`optax_cl.grow(opt_state, capacity)`, or build `ogd` with "
-            "`overflow='drop'`."
-        )
+    if state.rules.overflow == "error":
+        places.check_left(state.tasks, state.rules.capacity, "`overflow='drop'`")
 
 
 def _grow(state, capacity):
-    # States of several seeds may be stacked in one: the bank's axis is behind theirs.
-    axis = jnp.ndim(state.tasks)
-
-    def pad(d):
-        more = [(0, 0)] * d.ndim
-        more[axis] = (0, capacity - d.shape[axis])
-        return jnp.pad(d, more)
-
     return state._replace(
-        directions=jax.tree.map(pad, state.directions),
+        directions=places.add(state.directions, state.tasks, capacity),
         rules=dataclasses.replace(state.rules, capacity=capacity),
     )
 
