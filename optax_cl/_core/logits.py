@@ -5,7 +5,8 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from optax_cl._core import task_functions
 
 
 def as_array(name: str, value: Any) -> jax.Array:
@@ -83,18 +84,15 @@ def one_hot(labels: jax.Array, num_classes: int) -> jax.Array:
     return jax.nn.one_hot(labels, num_classes, dtype=bool)
 
 
+_NO_CLASS = (
+    "`labels` must be classes from 0 to {last}; got {low} to {high}. No label stands "
+    "for 'ignore': give such examples any class, and their losses weight 0."
+)
+
+
 def check_label_values(labels: chex.Array, num_classes: int) -> None:
-    """Raises for labels that are no class; silent where values are not known."""
-    if isinstance(labels, jax.core.Tracer) or not labels.is_fully_addressable:
-        return
-    values = np.asarray(labels)
-    low, high = values.min(initial=0), values.max(initial=0)
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"`labels` must be classes from 0 to {num_classes - 1}; got {low} to "
-            f"{high}. No label stands for 'ignore': give such examples any class, and "
-            "their losses weight 0."
-        )
+    """Raises for labels of a loss that are no class, where values are known."""
+    task_functions.check_classes(labels, num_classes, _NO_CLASS)
 
 
 def finite(logits: jax.Array) -> jax.Array:

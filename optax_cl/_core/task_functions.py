@@ -127,8 +127,24 @@ def check_labels(labels: chex.Array, logits: Any) -> None:
         )
 
 
-def check_classes(labels: chex.Array, num_classes: int) -> None:
-    """Raises for labels that are no class; silent where values are not known."""
+_NO_CLASS = (
+    "`task.labels` must give classes from 0 to {last}, which number the last axis of "
+    "`task.outputs`; got {low} to {high}. No label stands for 'ignore': leave such "
+    "examples out of `batches`, or write an `optax_cl.Task` whose `loss` and "
+    "`log_prob` weigh the items."
+)
+
+
+def check_classes(
+    labels: chex.Array, num_classes: int, message: str = _NO_CLASS
+) -> None:
+    """Raises for labels that are no class; silent where values are not known.
+
+    Args:
+      labels: Integers of any shape.
+      num_classes: Classes there are.
+      message: Of the error, with ``{last}``, ``{low}`` and ``{high}`` in it.
+    """
     if isinstance(labels, jax.core.Tracer):
         return
     # A process sees its own part of an array that is spread over several.
@@ -137,12 +153,7 @@ def check_classes(labels: chex.Array, num_classes: int) -> None:
         values = np.asarray(part)
         low, high = values.min(initial=0), values.max(initial=0)
         if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"`task.labels` must give classes from 0 to {num_classes - 1}, which "
-                f"number the last axis of `task.outputs`; got {low} to {high}. No "
-                "label stands for 'ignore': leave such examples out of `batches`, or "
-                "write an `optax_cl.Task` whose `loss` and `log_prob` weigh the items."
-            )
+            raise ValueError(message.format(last=num_classes - 1, low=low, high=high))
 
 
 def regression(
