@@ -258,18 +258,20 @@ def _new_directions(bank: chex.ArrayTree, rows: chex.ArrayTree) -> chex.ArrayTre
 # --- Task boundary -------------------------------------------------------------------
 
 
-class _Stored(NamedTuple):
-    rows: chex.ArrayTree  # [samples, *shape], gradients of logits
-    seen: chex.Array  # int32 []
+class _LogitGradients(NamedTuple):
+    """Of the first examples of a task, as far as they were seen."""
+
+    rows: chex.ArrayTree  # like params, [samples, *shape]
+    seen: chex.Array  # int32 [], rows in use
 
 
 @functools.cache
 def _pass(samples: int) -> tasks.Pass:
     def init(state, params):
         del state
-        return _Stored(_empty(params, (samples,)), jnp.zeros([], jnp.int32))
+        return _LogitGradients(_empty(params, (samples,)), jnp.zeros([], jnp.int32))
 
-    def fill(stored, data):
+    def fill(found, data):
         outputs = tasks.require(data.task, "outputs", "`ogd`")
         labels = tasks.require(data.task, "labels", "`ogd`")
         shape = statistics.result_shape("outputs", outputs, data)
@@ -292,26 +294,26 @@ def _pass(samples: int) -> tasks.Pass:
         first = min(samples, len(data.weights))
         rows = jax.vmap(gradient)(jax.tree.map(lambda x: x[:first], data.batch))
         real = data.weights[:first] > 0
-        place = stored.seen + jnp.cumsum(real) - 1
+        place = found.seen + jnp.cumsum(real) - 1
         place = jnp.where(real, place, samples)  # padding is dropped, as is too much
         return jax.tree.map(
             lambda s, r: s.at[place].set(r.astype(s.dtype), mode="drop"),
-            stored.rows,
+            found.rows,
             rows,
         )
 
-    def step(stored, data):
+    def step(found, data):
         rows = jax.lax.cond(
-            stored.seen < samples,
-            lambda stored: fill(stored, data),
-            lambda stored: stored.rows,
-            stored,
+            found.seen < samples,
+            lambda found: fill(found, data),
+            lambda found: found.rows,
+            found,
         )
-        seen = stored.seen + jnp.sum(data.weights > 0)
-        return _Stored(rows, jnp.minimum(seen, samples))
+        seen = found.seen + jnp.sum(data.weights > 0)
+        return _LogitGradients(rows, jnp.minimum(seen, samples))
 
     name = f"logit_gradients({samples})"
-    return tasks.Pass(name, init, step, lambda stored, *_: stored.rows, shared=True)
+    return tasks.Pass(name, init, step, lambda found, *_: found.rows, shared=True)
 
 
 def _passes(state):
@@ -321,14 +323,14 @@ def _passes(state):
 def _end_task(state, params, results):
     del params
     rows = results[_pass(state.rules.samples).name]
-    store = _stored
+    add = _add_task
     for _ in range(jnp.ndim(state.tasks)):  # states of several seeds, stacked in one
-        store = jax.vmap(store)
-    return store(state, trees.align_structure("rows", rows, state.directions))
+        add = jax.vmap(add)
+    return add(state, trees.align_structure("rows", rows, state.directions))
 
 
 @jax.jit  # a boundary is mostly called outside jit, where the loop would compile anew
-def _stored(state, rows):
+def _add_task(state, rows):
     new = _new_directions(_bank(state), rows)
     # A task too many has no place, and its row is dropped.
     directions = jax.tree.map(
