@@ -40,7 +40,7 @@ def edit_kernel(
     **What holds.** Without damping :math:`k^\top(W + \Delta)` is the value, to rounding
     (1e-5 of it; 1e-3 of it where keys differ by a thousandth of their length, and their
     values by all). The change has the rank of the keys at most. An input x with
-    :math:`x^\top C^{-1} k = 0` for every key is answered as before.
+    :math:`x^\top C^{-1} k = 0` for every key, C with its ridge, is answered as before.
 
     Args:
       kernel: W, ``[in, out]``. Stacked layers by ``jax.vmap``.
