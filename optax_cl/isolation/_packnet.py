@@ -62,7 +62,7 @@ def packnet(
     **What holds.** ``packnet_params(opt_state, params, task)``, what a task's inputs
     are to be computed with, never changes after the task, to the bit. Owners partition
     the weights, and free ones are zero. Biases, scales and all that is no matrix belong
-    to the first task and are fixed after it. What is no parameter is not seen here: keep
+    to the first task and are fixed after it. What is no parameter is not seen: keep
     batch statistics for each task, or fix them after the first.
 
     **Placement.** Last: whatever comes behind it moves weights of other tasks, weight
