@@ -14,7 +14,7 @@ import pytest
 from orbax.checkpoint import v1
 
 import optax_cl
-from optax_cl import lora, testing
+from optax_cl import isolation, lora, testing
 from tests import registry
 
 STEPS = 5
@@ -148,6 +148,31 @@ def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, saver, make, dtyp
         run(step, back["params"], back["state"], future),
         run(step, params, state, future),
     )
+
+
+@pytest.mark.parametrize("saver", SAVERS)
+def test_owners_and_stored_directions_come_back_in_the_middle_of_a_task(
+    tmp_path, saver
+):
+    def make():
+        ogd = optax_cl.ogd(2, samples=3)
+        return optax.chain(optax.adam(0.1), ogd, isolation.packnet())
+
+    tx = make()
+    step = jax.jit(lambda p, s: tx.update(p, s, p))
+    params = placed(registry.params())
+    state, params = isolation.packnet_prune(placed(tx.init(params)), params, 0.5)
+    statistics = testing.collect_synthetic(state, params)
+    _, state = step(params, placed(optax_cl.end_task(state, params, statistics)))
+    save, restore = SAVERS[saver]
+    save(tmp_path / "saved", {"params": params, "state": state})
+    back = restore(tmp_path / "saved", target_of(make(), params))
+    assert_bit_equal(back, {"params": params, "state": state})
+    assert_bit_equal(step(back["params"], back["state"]), step(params, state))
+    assert {m.method: m.tasks for m in optax_cl.describe(back["state"])} == {
+        "Ogd": 1,
+        "Packnet": 1,
+    }
 
 
 def test_the_saved_state_is_of_the_second_task():
