@@ -145,10 +145,11 @@ def test_weights_of_other_tasks_stay_theirs_whatever_the_own_ones_hold(value):
     assert after.owner["kernel"].tolist() == [[1, 1], [0, 2]]
 
 
-def test_the_share_is_counted_in_full_whatever_the_fractions_dtype():
+@pytest.mark.parametrize(("fraction", "count"), [(0.51171875, 512), (0.69921875, 699)])
+def test_the_share_is_counted_in_full_whatever_the_fractions_dtype(fraction, count):
     params = {"kernel": normal(0, 40, 25)}
-    state, _ = packnet_prune(packnet().init(params), params, jnp.bfloat16(0.51))
-    assert np.sum(np.asarray(state.owner["kernel"]) == 0) == 512  # of .51171875
+    state, _ = packnet_prune(packnet().init(params), params, jnp.bfloat16(fraction))
+    assert np.sum(np.asarray(state.owner["kernel"]) == 0) == count
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 3, 2, 2)])

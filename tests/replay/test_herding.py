@@ -75,6 +75,13 @@ def test_features_without_a_direction_are_chosen_last_inside_jit(value):
     assert found[-2:] == [2, 6]
 
 
+def test_they_are_last_even_where_all_others_lead_away_from_the_mean():
+    # After two choices both that are left are on the far side of what is missing.
+    features = [[0, 0], [-0.995, 0.103], [0.073, 0.997], [-0.353, 0.936], [0.93, 0.368]]
+    found = jax.jit(lambda f: herding(f, 5))(np.float32(features)).tolist()
+    assert found == [*[i + 1 for i in by_distance(features[1:], 4)], 0]
+
+
 def test_indices_are_int32_where_integers_are_wider(x64):
     features = np.random.default_rng(11).normal(size=(6, 3))
     assert herding(features, 4).dtype == np.int32
