@@ -62,8 +62,10 @@ def ogd(
 
     **Memory.** ``capacity * samples`` trees like params, in float32; a model of 1e5
     parameters with 100 examples of 5 tasks takes 200 MB. **Work per step.** Two reads
-    of what is stored, used or not. **At a boundary** one backward pass for each stored
-    example, and about ``8 samples^2 (capacity + 1)`` FLOPs a parameter.
+    of what is stored, used or not; and a copy of it, as much again, by a jitted step to
+    which the optimizer state is not donated (``donate_argnums``). **At a boundary** one
+    backward pass for each stored example, about ``8 samples^2 (capacity + 1)`` FLOPs a
+    parameter, and room for some four times the task's directions.
 
     Args:
       capacity: Tasks that fit.
