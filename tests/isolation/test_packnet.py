@@ -218,6 +218,34 @@ def test_that_no_weight_is_free_is_told_once_and_at_the_end_of_a_task():
     assert len(told) == 1 and told[0].filename == __file__
 
 
+WRAPPED = {
+    "chain": TX,
+    "MultiSteps": optax.MultiSteps(TX, 2),
+    "apply_if_finite": optax.apply_if_finite(TX, 2),
+    "inject_hyperparams": optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(optax.sgd(learning_rate), packnet())
+    )(0.1),
+    "partition": optax.partition(
+        {"kernels": TX, "rest": optax.sgd(0.1)},
+        {"first": "kernels", "second": "kernels", "bias": "rest"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_it_is_pruned_and_read_wherever_it_stands(name):
+    params = make_params()
+    state, pruned = packnet_prune(WRAPPED[name].init(params), params, 0.5)
+    free = {k: np.asarray(pruned[k]) == 0 for k in ("first", "second")}
+    assert free["first"].sum() == 24 and free["second"].sum() == 12
+    state = boundary(state, pruned)
+    learnt = jax.tree.map(lambda p: p + 1, pruned)
+    then, now = (packnet_params(state, learnt, task) for task in (1, 2))
+    for k, zero in free.items():
+        assert np.array_equal(np.asarray(then[k]) == 0, zero)
+        assert np.array_equal(now[k], learnt[k])
+
+
 def test_hidden_leaves_and_integers_belong_to_nobody():
     params = {**make_params(), "steps": np.ones(2, np.int32)}
     hide = {"first": True, "bias": True, "second": False, "steps": True}
