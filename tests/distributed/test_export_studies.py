@@ -16,6 +16,9 @@ from jax import export
 from experiments import data, studies
 from experiments.models import llama
 from experiments.studies import (
+    _classic_arms,
+    _classic_data,
+    _classic_program,
     _lora_arms,
     _lora_data,
     _lora_program,
@@ -61,6 +64,14 @@ def regime_map(bench, routing, tmp_path):
     arm = next(a for a in _regime_arms.ARMS.values() if a.routing == routing)
     lane = one_lane(_regime_program.make_lanes([arm], (0,)))
     return made, bench.make_data((0,)), lane
+
+
+def classic_digits(name, tmp_path):
+    method = _classic_arms.METHODS[name]
+    setting = _classic_arms.Setting(method.scenarios[0], method.strengths[0], 1e-2)
+    lane = one_lane(_classic_arms.make_lanes([setting], {5: 0}))
+    made = _classic_program.make_program(method, name, STEPS)
+    return made, _classic_data.make_data((0,)), lane
 
 
 def adapter_lane(family, streams):
@@ -123,6 +134,9 @@ CASES = {
             "digits": _regime_digits,
         }.items()
         for routing in dict.fromkeys(a.routing for a in _regime_arms.ARMS.values())
+    },
+    **{
+        f"classic_digits-{m}": partial(classic_digits, m) for m in _classic_arms.METHODS
     },
     **{f"lora_digits-{f}": partial(lora_digits, f) for f in _lora_arms.FAMILIES},
     **{f"lora_text-{f}": partial(lora_text, f) for f in _lora_arms.FAMILIES},

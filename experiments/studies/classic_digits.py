@@ -1,0 +1,140 @@
+"""The classic methods side by side, on digits, in three scenarios.
+
+**Question.** Of the methods of the field, each with what it is allowed to keep, which
+keep old tasks best, and does what their papers say of each other hold on one bench?
+
+**Setting.** ``_classic_data``: five tasks; all digits under other pixels in each
+(``domain``), two digits after two in one head (``class``), the same with the task told
+(``task``). A ReLU network 65-64-64-10, 200 Adam steps of 32 images a task.
+
+**Arms.** ``_classic_arms``. Whoever keeps data keeps 40 examples of each past task.
+PackNet and progressive columns must be told the task, and have no place in ``class``;
+ER-ACE and iCaRL are made for ``class``. ``all data`` draws from all tasks so far.
+
+**Choices.** Every method takes, for each scenario, the learning rate and strength of
+the best final accuracy on tuning seeds, which are disjoint from the reporting seeds.
+
+**Controls.** Accuracy right after learning stands beside every final accuracy, for a
+strength that stops learning keeps everything. Differences are paired by seed.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+from experiments import engine, run_folder
+from experiments.studies import Study, field
+from experiments.studies import _classic_arms as arms
+from experiments.studies import _classic_data as data
+from experiments.studies import _classic_program as program
+from experiments.studies import _classic_report as reporting
+
+QUICK = ("fine-tuning", "EWC", "GPM", "A-GEM", "replay", "all data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the study."""
+
+    scenarios: tuple[Literal["domain", "class", "task"], ...] = field(
+        data.SCENARIOS, quick=("domain", "class"), help="which scenarios to run"
+    )
+    arms: tuple[str, ...] = field((), quick=QUICK, help="names of methods; none: all")
+    seeds: int = field(10, quick=3, minimum=2, help="seeds that are reported")
+    first_seed: int = field(1000, minimum=0, help="the first of them")
+    tuning: int = field(3, quick=2, minimum=1, help="seeds that choose settings")
+    first_tuning_seed: int = field(0, minimum=0, help="the first of them")
+    rates: tuple[float, ...] = field(
+        (3e-4, 1e-3, 3e-3, 1e-2),
+        quick=(1e-3, 3e-3),
+        minimum=1e-9,
+        help="learning rates",
+    )
+    steps: int = field(200, minimum=4, help="steps per task")
+
+
+def seeds(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tuning and the reporting seeds."""
+    tuning = range(config.first_tuning_seed, config.first_tuning_seed + config.tuning)
+    reported = range(config.first_seed, config.first_seed + config.seeds)
+    return tuple(tuning), tuple(reported)
+
+
+def check(config: Config) -> None:
+    """Refuses unknown methods, seeds in two roles, and missing images."""
+    for name in config.arms:
+        if name not in arms.METHODS:
+            close = difflib.get_close_matches(name, arms.METHODS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else ", ".join(arms.METHODS)
+            raise ValueError(f"`--arms` knows no {name!r}; {hint}")
+    tuning, reported = seeds(config)
+    if both := sorted(set(tuning) & set(reported)):
+        raise ValueError(
+            f"the seeds {both} would choose settings and be reported; move "
+            "`--first-seed` or `--first-tuning-seed`."
+        )
+    for name in ("scenarios", "arms", "rates"):
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"`--{name}` names a value twice: {values}.")
+    if importlib.util.find_spec("sklearn") is None:
+        raise ValueError(
+            "the study takes its images from scikit-learn, which is not installed: "
+            "`pip install scikit-learn`."
+        )
+
+
+def chosen(config: Config) -> dict[str, tuple[str, ...]]:
+    """The methods that are run, each with its scenarios."""
+    found = {}
+    for name, method in arms.METHODS.items():
+        scenarios = tuple(s for s in config.scenarios if s in method.scenarios)
+        if scenarios and (not config.arms or name in config.arms):
+            found[name] = scenarios
+    return found
+
+
+def run(config: Config, folder: Path, context: engine.Context) -> dict:
+    """Runs every method; returns the numbers of ``results.json``."""
+    tuning, reported = seeds(config)
+    everything = data.make_data(tuning + reported)
+    index = {seed: i for i, seed in enumerate(tuning + reported)}
+    methods = chosen(config)
+    tried = {n: reporting.settings(n, s, config.rates) for n, s in methods.items()}
+    number = sum(
+        len(tried[n]) * len(tuning) + len(scenarios) * len(reported)
+        for n, scenarios in methods.items()
+    )
+    context.progress.plan(number * data.TASKS * config.steps)
+
+    def play(method, name, settings, own):
+        return context.run(
+            program.make_program(arms.METHODS[method], name, config.steps),
+            everything,
+            arms.make_lanes(settings, {seed: index[seed] for seed in own}),
+            chunk_steps=config.steps,
+        )
+
+    for name, scenarios in methods.items():
+        found = play(name, f"{name}, tuning", tried[name], tuning)
+        best = reporting.best(found["evaluate/accuracy"], tried[name], scenarios)
+        play(name, name, best, reported)
+    return reporting.summarize(reporting.load(folder, config, methods))
+
+
+def report(folder: Path):
+    """Tables, figures and claims of a finished run."""
+    config = run_folder.read_config(folder, Config)
+    return reporting.report(reporting.load(folder, config, chosen(config)), config)
+
+
+STUDY = Study(
+    "classic_digits",
+    "the classic methods side by side, three scenarios (minutes)",
+    Config,
+    run,
+    report,
+    check,
+)
