@@ -109,6 +109,24 @@ def keep_energy(
     return basis * keep[..., None, :], energy * keep
 
 
+def drop_rows(basis: chex.Array, alive: chex.Array) -> chex.Array:
+    """A basis with rows of exact zeros, where they are zero but for rounding.
+
+    Args:
+      basis: ``[..., in, r]``, columns orthonormal or zero.
+      alive: Bool ``[..., in]``, which rows stay.
+
+    Returns:
+      The basis. A weak column may have been rounding for a good part: what is left of
+      it is brought to length one again, or to zero if it is less than half.
+    """
+    basis = jnp.where(alive[..., None], basis, 0)
+    length = jnp.linalg.norm(basis, axis=-2, keepdims=True)
+    # Others keep their bits.
+    whole, left = length > 0.999, length > 0.5
+    return jnp.where(whole, basis, jnp.where(left, basis / (length + ~left), 0))
+
+
 def energy_before(energy: chex.Array) -> chex.Array:
     """The sum of all energies before each, ``[..., r]``; zero before the first.
 

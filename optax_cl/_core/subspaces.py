@@ -189,6 +189,13 @@ def basis_pass(
                 basis, energy = _merged(u, e, normalised, state.threshold)
                 share = None
             usable &= jnp.all(jnp.isfinite(basis), axis=(-2, -1))
+            # Of an input that was always zero every direction has none. Rounding there
+            # would be a routed gradient without a raw one: a whole step of Adam.
+            alive = jnp.any(a["sum"] != 0, axis=-1)
+            if memory != "last":
+                alive |= jnp.any(u != 0, axis=-1)
+            basis = linalg.drop_rows(basis, alive)
+            energy *= jnp.any(basis != 0, axis=-2)
             found = {
                 "basis": jnp.where(usable[..., None, None], basis, u),
                 "energy": jnp.where(usable[..., None], energy, e),

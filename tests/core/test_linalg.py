@@ -164,3 +164,15 @@ def test_a_threshold_of_zero_keeps_no_column_in_a_fused_program():
     for seed in range(20):
         singular = jax.random.uniform(jax.random.key(seed), (8,))
         assert not kept(singular).any()
+
+
+def test_rows_are_dropped_and_columns_that_were_mostly_there_go():
+    basis = np.zeros((2, 4, 3), np.float32)
+    basis[0] = np.eye(4, 3)
+    basis[1] = [[1, 0, 0], [0, 0.8, 0.2], [0, 0.6, 0], [0, 0, 0.98]]
+    alive = np.array([[True] * 4, [True, True, False, False]])
+    found = linalg.drop_rows(basis, alive)
+    np.testing.assert_array_equal(found[0], basis[0])  # bit for bit
+    expected = np.zeros((4, 3))
+    expected[0, 0] = expected[1, 1] = 1.0
+    np.testing.assert_allclose(found[1], expected, atol=1e-6)

@@ -323,3 +323,24 @@ def test_a_basis_that_is_kept_keeps_its_curvature(value):
     assert distance(after.basis, state.basis) == 0
     assert distance(after.curvature, state.curvature) == 0
     assert np.all(np.asarray(state.curvature["w"]) > 0)
+
+
+@pytest.mark.parametrize("memory", ["all", "last", "grow"])
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_an_input_that_was_always_zero_has_exactly_none_of_any_direction(memory, svd):
+    # Rounding there would be a routed gradient where there is no raw one, of which Adam
+    # makes steps as long as any.
+    if (memory, svd) == ("grow", "randomized"):
+        pytest.skip("refused")
+    tx = protected(5, rule=0.5, memory=memory, svd=svd)
+    params = make_params()
+    state = tx.init(params)
+    for seed, scale in ((0, [3, 1, 0, 0, 2, 1]), (1, [1, 0, 0, 5, 1, 1])):
+        state = boundary(state, params, make_batches(seed, scale=scale))
+        u = np.asarray(state.basis["w"])
+        dead = np.array(scale) == 0
+        if seed and memory != "last":
+            dead &= np.arange(IN) == 2
+        assert not u[dead].any() and u[~dead].any(1).all()
+        used = u[:, u.any(0)]
+        np.testing.assert_allclose(used.T @ used, np.eye(used.shape[1]), atol=1e-5)
