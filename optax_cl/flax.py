@@ -1,7 +1,8 @@
 """Task boundaries for Flax NNX, whose optimizer keeps its state in variables.
 
 ``collect``, ``end_task`` and ``begin_task`` as in ``optax_cl``, on an ``nnx.Optimizer``
-and its model; and the adapters of ``nnx.LoRA`` modules as those of ``optax_cl.lora``.
+and its model; ``pure`` and ``edit`` for all else that reads or changes a state; and the
+adapters of ``nnx.LoRA`` modules as those of ``optax_cl.lora``.
 A linen ``TrainState`` needs no face of its own: use the functions of
 ``optax_cl`` on ``state.opt_state`` and ``state.params``, and ``state.replace``.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 import chex
 import jax
+import optax
 
 from optax_cl import lora
 from optax_cl._core import checks, tasks
@@ -175,6 +177,85 @@ def begin_task(
     _write(optimizer, tasks.begin_task(state, params, reset_nu_max=reset_nu_max))
 
 
+def pure(
+    optimizer: nnx.Optimizer, model: nnx.Module
+) -> tuple[optax.OptState, optax.Params]:
+    """The optimizer's state and the model's parameters, as plain trees of arrays.
+
+    For all that reads them: ``optax_cl.describe``, ``optax_cl.ewc_loss``,
+    ``isolation.packnet_params``, a schema.
+
+    Args:
+      optimizer: The optimizer.
+      model: Its model.
+
+    Returns:
+      ``(opt_state, params)``. The arrays are the optimizer's and the model's own.
+
+    Raises:
+      TypeError: If ``optimizer`` is no ``nnx.Optimizer``.
+
+    Example:
+      >>> import optax_cl, optax_cl.flax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+      >>> tx = optax_cl.decoupled_adamw(0.1, modifiers=[optax_cl.ewc(1.0)])
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> print(optax_cl.ewc_loss(*optax_cl.flax.pure(optimizer, model)))
+      0.0
+    """
+    params, _ = _arrays(optimizer, model)
+    return nnx.as_pure(optimizer.opt_state), params
+
+
+def edit(
+    optimizer: nnx.Optimizer,
+    model: nnx.Module,
+    function: Callable[
+        [optax.OptState, optax.Params], tuple[optax.OptState, optax.Params]
+    ],
+) -> None:
+    """Puts an edited state and edited parameters in place, inside ``nnx.jit`` too.
+
+    Args:
+      optimizer: The optimizer.
+      model: Its model.
+      function: ``(opt_state, params) -> (opt_state, params)``, of plain trees as
+        :func:`pure` gives them, with the leaves that they have: such as
+        ``lambda s, p: isolation.packnet_prune(s, p, 0.5)``, or
+        ``lambda s, p: (optax_cl.reset_state(s), p)``.
+
+    Raises:
+      TypeError: If ``optimizer`` is no ``nnx.Optimizer``.
+      ValueError: If the function gives no pair, or trees with other leaves.
+
+    Example:
+      >>> import optax, optax_cl.flax
+      >>> from flax import nnx
+      >>> from optax_cl import isolation
+      >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+      >>> tx = optax.chain(optax.adamw(0.1), isolation.packnet())
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> optax_cl.flax.edit(
+      ...     optimizer, model, lambda s, p: isolation.packnet_prune(s, p, 0.5))
+      >>> print(int((model.kernel[...] == 0).sum()))
+      4
+    """
+    old = pure(optimizer, model)
+    new = function(*old)
+    if _leaf_paths(new) != _leaf_paths(old):
+        raise ValueError(
+            "`function` must give the pair `(opt_state, params)`, each with the leaves "
+            f"it had, {checks.paths_str(old)}; got {checks.paths_str(new)}."
+        )
+    _write(optimizer, new[0])
+    nnx.update(model, new[1])
+
+
+def _leaf_paths(tree: Any) -> list[Any]:
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def lora_from_nnx(
     model: nnx.Module,
 ) -> tuple[lora.Targets, chex.ArrayTree, lora.Adapters]:
@@ -328,3 +409,7 @@ def _write(optimizer: nnx.Optimizer, new_state: Any) -> None:
     filled = [v for v in old if jax.tree.leaves(nnx.as_pure(v))]
     for variable, leaf in zip(filled, jax.tree.leaves(new_state), strict=True):
         variable.set_value(leaf)
+    structure = jax.tree.structure(new_state)
+    if structure != jax.tree.structure(nnx.as_pure(optimizer.opt_state)):
+        # A static setting is another, such as a capacity.
+        optimizer.opt_state = nnx.data(structure.unflatten(filled))

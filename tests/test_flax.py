@@ -265,3 +265,63 @@ def test_an_unfinished_update_of_an_nnx_optimizer_is_dropped(call):
     before = np.asarray(model.kernel[...])
     optimizer.update(model, grads)
     np.testing.assert_array_equal(model.kernel[...], before)
+
+
+# Reading and editing
+
+
+def make_packnet():
+    model = Model(nnx.Rngs(0))
+    tx = optax.chain(optax.adamw(0.1), optax_cl.isolation.packnet())
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_what_edits_state_and_parameters_reaches_the_model(jitted):
+    model, optimizer = make_packnet()
+    before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
+
+    def prune(optimizer, model):
+        optax_cl.flax.edit(
+            optimizer, model, lambda s, p: optax_cl.isolation.packnet_prune(s, p, 0.5)
+        )
+
+    (nnx.jit(prune) if jitted else prune)(optimizer, model)
+    assert (model.first.kernel[...] == 0).sum() == 12
+    state, params = optax_cl.flax.pure(optimizer, model)
+    assert (state[-1].owner["first"]["kernel"] == 0).sum() == 12
+    of_first = optax_cl.isolation.packnet_params(state, params, 1)
+    np.testing.assert_array_equal(of_first["first"]["kernel"], model.first.kernel[...])
+    after = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_state_may_be_edited_alone_and_grown():
+    model = Model(nnx.Rngs(0))
+    ewc = optax_cl.ewc(1.0, anchors="separate", capacity=2)
+    tx = optax_cl.decoupled_adamw(0.1, modifiers=[ewc])
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optax_cl.flax.edit(optimizer, model, lambda s, p: (optax_cl.grow(s, 5), p))
+    state, params = optax_cl.flax.pure(optimizer, model)
+    assert optax_cl.describe(state)[0].capacity == 5
+    assert optax_cl.ewc_loss(state, params) == 0
+    task = optax_cl.flax.classification(model, lambda m, b: m(b[0]), lambda b: b[1])
+    for seed in range(3):  # more than fitted before
+        batches = make_batches(seed)
+        optimizer.update(
+            model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+        )
+        stats = optax_cl.flax.collect(
+            optimizer, model, batches, task=task, key=jax.random.key(0)
+        )
+        optax_cl.flax.end_task(optimizer, model, stats)
+    assert optax_cl.describe(optax_cl.flax.pure(optimizer, model)[0])[0].tasks == 3
+
+
+def test_an_edit_of_another_structure_is_refused():
+    model, optimizer = make_packnet()
+    for wrong in (lambda s, p: s, lambda s, p: (s, {}), lambda s, p: (s[:1], p)):
+        with pytest.raises(ValueError, match=r"pair `\(opt_state, params\)`"):
+            optax_cl.flax.edit(optimizer, model, wrong)
+    with pytest.raises(TypeError, match=r"`optimizer` must be an nnx.Optimizer"):
+        optax_cl.flax.pure(nnx.as_pure(optimizer.opt_state), model)
