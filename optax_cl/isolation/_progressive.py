@@ -51,7 +51,8 @@ def progressive(
     its task has ended, to the bit, as long as the units of later columns are finite.
     For that, units of different columns may meet in kernels only: a norm must take each
     column by itself (``GroupNorm`` with as many groups as columns), and attention each
-    column's heads.
+    column's heads. Flattening an image mixes them; the page on isolation has the way
+    round it. Batch statistics are no parameters and go on moving.
 
     **Placement.** Last: whatever comes behind it moves other columns, weight decay and
     momentum included. Adam's count has seen the tasks before; ``end_task(...,
