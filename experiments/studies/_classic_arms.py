@@ -57,10 +57,14 @@ class Now(NamedTuple):
         domain = self.lane.scenario == 0
         return domain | (jnp.arange(_CLASSES) < 2 * (self.task + 1))
 
-    def drawn(self) -> tuple[dict, chex.Array, chex.Array]:
-        """A batch of stored examples, the outputs then, and its weight: 0 or 1."""
+    def drawn(self, current: int = 0) -> tuple[dict, chex.Array, chex.Array]:
+        """A batch of stored examples, the outputs then, and its weight: 0 or 1.
+
+        With ``current=1`` the current task's are among them.
+        """
         pick, slot = jax.random.split(self.key)
-        task = jax.random.randint(pick, [BATCH], 0, jnp.maximum(self.task, 1))
+        tasks = jnp.maximum(self.task + current, 1)
+        task = jax.random.randint(pick, [BATCH], 0, tasks)
         slot = jax.random.randint(slot, [BATCH], 0, KEPT)
         batch = data.rows(self.data, self.lane, task, self.chosen[task, slot])
         return batch, self.dark[task, slot], 1.0 * (self.task > 0)
@@ -103,7 +107,8 @@ def _der(params, now):
 
 
 def _er_ace(params, now):
-    batch, _, weight = now.drawn()
+    # Only in the memory do new classes compete with old ones, so it must hold both.
+    batch, _, weight = now.drawn(current=1)
     present = replay.classes_in(now.batch["y"], _CLASSES)
     new = replay.er_ace_loss(
         data.outputs(params, now.batch["x"]), now.batch["y"], present=present
@@ -251,14 +256,15 @@ _DATA = f"{KEPT} examples a task"
 
 
 def _methods() -> dict[str, Method]:
-    fishers, thresholds = (1.0, 10.0, 100.0, 1000.0), (0.8, 0.9, 0.95, 0.99)
+    large = (1.0, 10.0, 100.0, 1e3, 1e4)
+    thresholds = (0.6, 0.8, 0.9, 0.95, 0.99)
     methods = [
         Method("fine-tuning", "nothing", _adam()),
         Method(
             "EWC",
             "anchor, Fisher",
             _adam(lambda lane: optax_cl.ewc(lane.strength)),
-            fishers,
+            large,
         ),
         Method(
             "online EWC",
@@ -268,7 +274,7 @@ def _methods() -> dict[str, Method]:
                     lane.strength, anchors="latest", accumulate="decay", decay=0.9
                 )
             ),
-            fishers,
+            large,
         ),
         Method(
             "SI",
@@ -280,7 +286,7 @@ def _methods() -> dict[str, Method]:
             "MAS",
             "anchor, sensitivity",
             _adam(lambda lane: optax_cl.mas(lane.strength)),
-            (0.003, 0.01, 0.1, 1.0),
+            (0.003, 0.01, 0.1, 1.0, 10.0),
             about=optax_cl.Task(outputs=_sensitive),
         ),
         Method("LwF", "the last network", _adam(), (0.3, 1.0, 3.0, 10.0), _lwf),
@@ -302,14 +308,14 @@ def _methods() -> dict[str, Method]:
             "balance",
             "24 directions, anchor, curvature",
             _attenuated(optax_cl.balance),
-            (1.0, 10.0, 100.0, 1000.0),
+            large,
         ),
         Method("A-GEM", _DATA, _adam(post=(optax_cl.agem(),)), extra=_reference),
         Method(
             "GEM",
             _DATA,
             _adam(lambda lane: optax_cl.gem(margin=lane.strength)),
-            (0.0, 0.5, 1.0),
+            (0.0, 0.5, 1.0, 2.0),
             extra=_memories,
         ),
         Method(
@@ -322,10 +328,10 @@ def _methods() -> dict[str, Method]:
             "replay",
             _DATA,
             _adam(lambda lane: optax_cl.mix_replay(lane.strength)),
-            (0.25, 0.5, 0.75),
+            (0.25, 0.5, 0.75, 0.9),
             extra=_replayed,
         ),
-        Method("DER++", f"{_DATA} and outputs", _adam(), (0.1, 0.5, 1.0), _der),
+        Method("DER++", f"{_DATA} and outputs", _adam(), (0.1, 0.5, 1.0, 2.0), _der),
         Method("ER-ACE", _DATA, _adam(), objective=_er_ace, scenarios=("class",)),
         Method(
             "iCaRL",
@@ -338,7 +344,7 @@ def _methods() -> dict[str, Method]:
             "PackNet",
             "owners; task told",
             _last(isolation.packnet()),
-            (0.5, 0.75, 0.85),
+            (0.5, 0.75, 0.85, 0.9),
             scenarios=_TOLD,
             told=True,
         ),

@@ -47,7 +47,7 @@ class Config:
     tuning: int = field(3, quick=2, minimum=1, help="seeds that choose settings")
     first_tuning_seed: int = field(0, minimum=0, help="the first of them")
     rates: tuple[float, ...] = field(
-        (3e-4, 1e-3, 3e-3, 1e-2),
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
         quick=(1e-3, 3e-3),
         minimum=1e-9,
         help="learning rates",
