@@ -12,9 +12,9 @@ from experiments.studies import _classic_arms as arms
 from optax_cl import metrics
 
 _TITLES = {
-    "domain": "pixels permuted anew in each task",
-    "class": "two new classes a task, one head",
-    "task": "two new classes a task, the task told",
+    "domain": "domain: other pixels in each task",
+    "class": "class: two new classes a task, one head",
+    "task": "task: the same, the task told",
 }
 
 
@@ -99,7 +99,6 @@ def report(loaded: dict[str, dict[str, Measures]], config: Any) -> Report:
     """Everything a reader gets to see."""
     tables = [_table(scenario, of) for scenario, of in loaded.items()]
     pictures = [_final_figure(loaded)]
-    pictures += [_trade_figure(scenario, of) for scenario, of in loaded.items()]
     summary = (
         f"Accuracies on held-out images, mean and standard error over {config.seeds} "
         f"seeds. Learning rates ({', '.join(f'{r:g}' for r in config.rates)}) and "
@@ -138,7 +137,7 @@ def _table(scenario, of):
         )
     return Table(
         scenario,
-        f"Scenario {scenario}: {_TITLES[scenario]}",
+        f"Scenario {_TITLES[scenario]}",
         (
             "method",
             "keeps",
@@ -158,73 +157,55 @@ def _table(scenario, of):
 
 
 def _final_figure(loaded):
-    figure, axes = figures.new(1, len(loaded), width=4.0 * len(loaded), height=5.6)
     names = [n for n in arms.METHODS if any(n in of for of in loaded.values())]
+    figure, axes = figures.new(
+        1, len(loaded), width=4.2 * len(loaded), height=1.2 + 0.24 * len(names)
+    )
     place = {name: len(names) - 1 - i for i, name in enumerate(names)}
     for column, (scenario, of) in enumerate(loaded.items()):
-        look = figures.style(column)
-        mean, error = zip(*(_cell(m.final) for m in of.values()), strict=True)
-        axes[0, column].errorbar(
-            mean,
-            [place[n] for n in of],
-            xerr=error,
-            color=look["color"],
-            marker=look["marker"],
+        at, here = [place[name] for name in of], axes[0, column]
+        here.plot(
+            [m.learning.mean() for m in of.values()],
+            at,
+            color="black",
+            marker="o",
+            fillstyle="none",
             linestyle="none",
+            markersize=4,
+            label="right after learning",
+        )
+        mean, error = zip(*(_cell(m.final) for m in of.values()), strict=True)
+        here.errorbar(
+            mean,
+            at,
+            xerr=error,
+            color=figures.OKABE_ITO[0],
+            marker="D",
+            linestyle="none",
+            markersize=5,
             capsize=3,
+            label="at the end",
         )
         if "fine-tuning" in of:
-            axes[0, column].axvline(
-                of["fine-tuning"].final.mean(), color="black", linewidth=0.8
-            )
-        axes[0, column].set_yticks(
+            here.axvline(of["fine-tuning"].final.mean(), color="black", linewidth=0.8)
+        here.set_yticks(
             list(place.values()), names if column == 0 else [""] * len(names)
         )
-        axes[0, column].set_ylim(-0.6, len(names) - 0.4)
+        here.set_ylim(-0.6, len(names) - 0.4)
         figures.label(
-            axes[0, column],
-            "accuracy at the end, mean over tasks",
+            here,
+            "accuracy, mean over the tasks",
             "method" if column == 0 else " ",
-            f"{scenario}",
+            _TITLES[scenario],
         )
+    axes[0, 0].legend(fontsize=8, loc="lower center")
     return Figure(
         "final",
-        "Accuracy at the end",
+        "Accuracy right after learning a task, and at the end",
         figure,
-        "Mean and standard error over seeds; the line is fine-tuning.",
-    )
-
-
-def _trade_figure(scenario, of):
-    figure, axes = figures.new(width=7.5, height=5.0)
-    for i, (name, m) in enumerate(of.items()):
-        look = figures.style(i)
-        (x, xe), (y, ye) = _cell(m.learning), _cell(m.final)
-        axes[0, 0].errorbar(
-            [x],
-            [y],
-            xerr=[xe],
-            yerr=[ye],
-            color=look["color"],
-            marker=look["marker"],
-            fillstyle=("full", "none", "left")[i // len(figures.OKABE_ITO)],
-            linestyle="none",
-            capsize=2,
-            label=name,
-        )
-    figures.label(
-        axes[0, 0],
-        "accuracy right after learning a task",
-        "accuracy at the end",
-        f"Learning against keeping: {scenario}",
-    )
-    axes[0, 0].legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    return Figure(
-        f"trade-{scenario}",
-        f"Learning against keeping: {_TITLES[scenario]}",
-        figure,
-        "Each method at the settings chosen for it, with standard errors. Up is "
-        "better; to the left is what protection costs.",
+        "Mean and standard error over seeds; the line is fine-tuning at the end. What "
+        "a method forgets is the way from the circle to the diamond; a circle further "
+        "left is what its protection costs.",
     )
 
 
