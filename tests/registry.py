@@ -403,6 +403,7 @@ SLOW = (
     "attenuate[spring]",
     "ewc[separate]",
     "gem[margin]",
+    "packnet",  # its own tests try every wrapper
     "pcgrad",  # takes what `gem` takes
     "progressive",  # of one column, which is all that fits any parameters: no mask
     "mas[separate]",

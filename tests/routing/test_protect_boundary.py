@@ -325,13 +325,19 @@ def test_a_basis_that_is_kept_keeps_its_curvature(value):
     assert np.all(np.asarray(state.curvature["w"]) > 0)
 
 
-@pytest.mark.parametrize("memory", ["all", "last", "grow"])
-@pytest.mark.parametrize("svd", ["exact", "randomized"])
+@pytest.mark.parametrize(
+    ("memory", "svd"),
+    [
+        ("all", "exact"),
+        ("last", "exact"),
+        ("grow", "exact"),
+        ("all", "randomized"),
+        ("last", "randomized"),
+    ],
+)
 def test_an_input_that_was_always_zero_has_exactly_none_of_any_direction(memory, svd):
     # Rounding there would be a routed gradient where there is no raw one, of which Adam
     # makes steps as long as any.
-    if (memory, svd) == ("grow", "randomized"):
-        pytest.skip("refused")
     tx = protected(5, rule=0.5, memory=memory, svd=svd)
     params = make_params()
     state = tx.init(params)
