@@ -403,7 +403,11 @@ SLOW = (
     "attenuate[spring]",
     "ewc[separate]",
     "gem[margin]",
-    "packnet",  # its own tests try every wrapper
+    # Their own tests try them inside other transformations.
+    "eblora",
+    "gem",
+    "ogd",
+    "packnet",
     "pcgrad",  # takes what `gem` takes
     "progressive",  # of one column, which is all that fits any parameters: no mask
     "mas[separate]",

@@ -35,6 +35,7 @@ SAVERS = {
     "standard": (standard_save, standard_restore),
     "v1": (lambda path, tree: v1.save(path, tree), v1.load),
 }
+ONE_QUICK = ["standard", pytest.param("v1", marks=pytest.mark.slow)]
 
 
 def everything(rank=2, capacity=3, average=0.5):
@@ -261,7 +262,7 @@ def reads_end():
 
 @pytest.mark.usefixtures("reads_end")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("saver", SAVERS)
+@pytest.mark.parametrize("saver", ONE_QUICK)
 @pytest.mark.parametrize(
     "changed", [{"capacity": 4}, {"rank": 1}], ids=["bank", "rank"]
 )
@@ -278,7 +279,7 @@ def test_a_checkpoint_of_other_sizes_is_refused(tmp_path, saver, changed):
 
 @pytest.mark.usefixtures("reads_end")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("saver", SAVERS)
+@pytest.mark.parametrize("saver", ONE_QUICK)
 def test_a_checkpoint_of_another_chain_is_refused(tmp_path, saver):
     _, params, state = trained(everything, jnp.float32)
     save, restore = SAVERS[saver]

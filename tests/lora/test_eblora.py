@@ -161,7 +161,7 @@ def test_stacked_layers_train_as_each_by_itself():
         assert distance(pick(together), alone) < 1e-5
 
 
-@pytest.mark.parametrize("layers", [3, 16])
+@pytest.mark.parametrize("layers", [3, pytest.param(16, marks=pytest.mark.slow)])
 def test_kernels_of_one_shape_train_as_each_by_itself(layers):
     # Small stacks are joined to one, large ones are not.
     kernel = np.zeros((layers, 8, 6), np.float32)

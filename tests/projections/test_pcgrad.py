@@ -164,15 +164,18 @@ def test_half_precision_sums_in_float32():
 def test_steps_are_counted_and_repeat():
     g, rows = problem(1, "all opposed")
     g, rows = tree_of(g), tree_of(rows)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(tx, g, rows, state):
+        return tx.update(g, state, memory_updates=rows, memory_mask=ALL)
+
     state, outs = TX.init(g), []
     for _ in range(3):
-        out, state = TX.update(g, state, memory_updates=rows, memory_mask=ALL)
+        out, state = step(TX, g, rows, state)
         outs.append(out)
     assert state.count == 3
     assert bits(outs[2]) == bits(route(g, rows, ALL, 2))
-    other, _ = pcgrad(seed=1).update(
-        g, TX.init(g), memory_updates=rows, memory_mask=ALL
-    )
+    other, _ = step(pcgrad(seed=1), g, rows, TX.init(g))
     assert bits(other) != bits(outs[0])
 
 
