@@ -395,6 +395,7 @@ SLOW = (
     # same chain, `scale_by_decoupled_adam` the same capture around its own.
     "capture_raw",
     "chain",
+    "multi_steps",  # around `scale_by_decoupled_adam`, as `check_multi_steps` has all
     "agem[decay]",
     "attenuate[balance]",
     "attenuate[one_minus]",

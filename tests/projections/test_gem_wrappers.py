@@ -95,12 +95,13 @@ def test_averaging_over_devices_must_come_before_the_projection():
     rows = jnp.array([[-1.0, 1.0]])
     tx = gem()
 
+    @jax.jit
     def one(g):
         return tx.update(g, tx.init(g), memory_updates=rows, memory_mask=ALL[:1])[0]
 
     before = one(grads.mean(0))
     np.testing.assert_array_equal(before, [-1.0, 0.0])
-    assert jnp.abs(before - jax.vmap(one)(grads).mean(0)).max() > 0.2
+    assert jnp.abs(before - np.mean([one(g) for g in grads], 0)).max() > 0.2
 
 
 # Wrappers and transformations of JAX
