@@ -80,7 +80,8 @@ def protect(
 
     Only what some link declares is stored: the anchor :math:`U^T W^*` for rules that
     read the displacement; the curvature :math:`\Lambda` and the averaged coefficients
-    for ``balance``. At a boundary
+    for ``balance``; the importance of each column for ``project(scale=...)``, r numbers
+    a matrix. At a boundary
     :math:`\Lambda \leftarrow (U_{new}^T U_{old})^{\circ 2} \Lambda + \Lambda_{task}`
     with :math:`\Lambda_{task} = \sum_b (U^T G_b)^2 / \sum_b n_b` over batches of
     :math:`n_b` items with labels sampled from the model: an unbiased Fisher, in Hessian
@@ -130,7 +131,8 @@ def protect(
 
     Raises:
       TypeError, ValueError: For arguments out of range; at ``init`` for a rank larger
-        than a fan-in, an embedding without a decision, or no matrix at all; at trace
+        than a fan-in, an embedding without a decision, no matrix at all, or a scaled
+        ``project`` without ``memory="grow"`` or beside one of another scale; at trace
         time as ``capture_raw``, and if ``params`` is None where a rule reads them.
 
     Example:
