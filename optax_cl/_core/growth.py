@@ -1,14 +1,24 @@
 """How a basis of fixed capacity grows by what it misses of a task's matrices."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_cl._core import decompositions, linalg
 from optax_cl._core.orthonormal import off_memory, unit_scale
 
 
-@jax.jit
+class Grown(NamedTuple):
+    """A basis that has grown, or is as it was."""
+
+    memory: chex.Array  # [*batch, in, p], columns orthonormal, or zero beyond `count`
+    count: chex.Array  # int32 [*batch], columns in use
+    left_out: chex.Array  # int32 [*batch], columns that did not fit
+
+
 def grow_memory(
     memory: chex.Array,
     count: chex.Array,
@@ -37,7 +47,32 @@ def grow_memory(
     References:
       Saha et al, `Gradient Projection Memory <https://arxiv.org/abs/2103.09762>`_, 2021
     """
-    directions, wanted = _missing(memory, gradient, threshold)
+    grown = grow(memory, count, gradient, threshold)
+    return grown.memory, grown.count
+
+
+@jax.jit
+def grow(
+    memory: chex.Array,
+    count: chex.Array,
+    gradient: chex.Array,
+    threshold: chex.Numeric,
+    floor: chex.Numeric = 0.0,
+) -> Grown:
+    """``grow_memory``, and what it had no room for.
+
+    Args:
+      memory: As there.
+      count: As there.
+      gradient: As there.
+      threshold: As there.
+      floor: Directions with a smaller share of the largest one's energy are rounding,
+        and not taken; ``rounding(gram)`` if the gradient is the factor of a sum.
+
+    Returns:
+      The basis, its columns in use, and how many more would have been.
+    """
+    directions, wanted = _missing(memory, gradient, threshold, floor)
     taken = jnp.minimum(wanted, memory.shape[-1] - count)
     # Column j of the memory takes direction j - count, if that is one to be taken.
     shape = (*count.shape, memory.shape[-1])
@@ -46,18 +81,11 @@ def grow_memory(
     fresh = (source >= 0) & (source < jnp.expand_dims(taken, -1))
     index = jnp.clip(source, 0, directions.shape[-1] - 1)
     picked = jnp.take_along_axis(directions, index[..., None, :], axis=-1)
-    return jnp.where(fresh[..., None, :], picked, memory), count + taken
+    memory = jnp.where(fresh[..., None, :], picked, memory)
+    return Grown(memory, count + taken, wanted - taken)
 
 
-@jax.jit
-def missing_columns(
-    memory: chex.Array, gradient: chex.Array, threshold: chex.Numeric
-) -> chex.Array:
-    """How many columns ``grow_memory`` would add with room for all, ``[*batch]``."""
-    return _missing(memory, gradient, threshold)[1]
-
-
-def _missing(memory, gradient, threshold):
+def _missing(memory, gradient, threshold, floor):
     gradient = gradient.astype(memory.dtype)
     finite = jnp.all(jnp.isfinite(gradient), axis=(-2, -1), keepdims=True)
     gradient = jnp.where(finite, gradient, 0)
@@ -72,6 +100,9 @@ def _missing(memory, gradient, threshold):
     before = covered[..., None] + linalg.energy_before(energy)
     noise = jnp.sqrt(total) * gradient.shape[-2] * jnp.finfo(energy.dtype).eps
     keep = (before < threshold * total) & (singular > noise)
+    # The factor of a sum has orthogonal columns, so that the strongest one is known.
+    strongest = jnp.max(jnp.sum(gradient**2, axis=-2), axis=-1, keepdims=True)
+    keep &= energy > floor * strongest
     # Weak directions carry the most of what rounding left in the memory.
     directions = off_memory(vectors, memory) * keep[..., None, :]
     return directions, jnp.sum(keep, axis=-1, dtype=jnp.int32)
@@ -85,6 +116,40 @@ def factor(gram: chex.Array) -> chex.Array:
     return vectors * jnp.sqrt(jnp.where(keep, values, 0.0))[..., None, :]
 
 
-def rounding(gram: chex.Array) -> chex.Numeric:
-    """Below this share of the largest, an eigenvalue is rounding of the sum."""
-    return 4 * jnp.sqrt(float(gram.shape[-1])) * jnp.finfo(gram.dtype).eps
+def rounding(rows: chex.Array) -> float:
+    """Below this share of the largest, an eigenvalue is rounding of a Gram matrix.
+
+    Args:
+      rows: A matrix with as many rows, ``[*batch, in, n]``, of the same dtype.
+
+    Returns:
+      The share.
+    """
+    return 4 * rows.shape[-2] ** 0.5 * float(jnp.finfo(rows.dtype).eps)
+
+
+# --- What does not fit ---------------------------------------------------------------
+
+OVERFLOWS = ("strongest", "error")
+
+
+def check_not_traced(method: str, value: chex.Array) -> None:
+    """Raises if ``value`` is traced, so that overflow would go unseen."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            "`overflow='error'` cannot be checked inside a transformed function. Call "
+            f"`end_task` outside `jit`, or build `{method}` with "
+            "`overflow='strongest'`."
+        )
+
+
+def check_fits(path: str, capacity: int, left_out: chex.Array) -> None:
+    """Raises if columns of the task were left out."""
+    more = int(np.max(left_out))
+    if more > 0:
+        raise ValueError(
+            f"the memory of `{path}` has {capacity} columns, and the task needs {more} "
+            "more (`overflow='error'`). Enlarge the state with `optax_cl.grow("
+            "opt_state, capacity)`, lower `threshold`, or build it with "
+            "`overflow='strongest'`."
+        )

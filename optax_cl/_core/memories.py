@@ -100,12 +100,14 @@ class MemoryDescription(NamedTuple):
     method: str  # name of the state class
     path: str  # where it stands in the optimizer state
     bytes: int  # of its own arrays, without memories and moments inside it
-    tasks: int | None  # tasks stored; the most of any, in stacked states
-    capacity: int | None  # tasks that fit; None if unlimited
+    # Tasks stored, or columns in use where a basis grows: what fills up, of the leaf
+    # with the least room and of all states that are stacked in one.
+    tasks: int | None
+    capacity: int | None  # tasks, or columns, that fit; None if unlimited
 
     @property
     def left(self) -> int | None:
-        """How many more tasks fit; None if unlimited."""
+        """How many more tasks, or columns, fit; None if unlimited."""
         if self.capacity is None or self.tasks is None:
             return None
         return self.capacity - self.tasks
@@ -147,13 +149,14 @@ def grow(opt_state: optax.OptState, capacity: int) -> optax.OptState:
 
     Args:
       opt_state: The optimizer state.
-      capacity: The new number of tasks that fit.
+      capacity: The new number of tasks, or columns, that fit.
 
     Returns:
       The enlarged optimizer state.
 
     Raises:
-      ValueError: If nothing there can grow, or a capacity would shrink.
+      ValueError: If nothing there can grow, a capacity would shrink, or a fan-in has
+        no room for so many columns.
     """
     checks.check_positive_int("capacity", capacity)
     grown = False

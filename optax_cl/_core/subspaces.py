@@ -138,7 +138,8 @@ def basis_pass(
 
     Its result is ``{"basis": U, "energy": e, "usable": bool [*batch]}`` for a state
     that has ``basis``, ``energy`` and ``threshold``; see ``protect``. Of a basis that
-    grows, ``"share"`` is the task's part of every energy.
+    grows, ``"share"`` is the task's part of every energy, and ``"left_out"``, int32
+    ``[*batch]``, the columns that did not fit.
     """
     columns = _inputs if statistic == "inputs" else _gradients
 
@@ -182,12 +183,16 @@ def basis_pass(
             usable = (a["trace"] > 0) & jnp.isfinite(a["trace"])
             trace = jnp.where(usable, a["trace"], 1.0)[..., None, None]
             normalised = jnp.where(usable[..., None, None], a["sum"] / trace, 0.0)
+            of_growth = {}
             if memory == "grow":
-                basis, share = _grown(u, normalised, state.threshold)
-                energy = e + share
+                grown, share = _grown(u, normalised, state.threshold)
+                basis, energy = grown.memory, e + share
+                of_growth = {
+                    "share": jnp.where(usable[..., None], share, 0),
+                    "left_out": grown.left_out,
+                }
             else:
                 basis, energy = _merged(u, e, normalised, state.threshold)
-                share = None
             usable &= jnp.all(jnp.isfinite(basis), axis=(-2, -1))
             # Of an input that was always zero every direction has none. Rounding there
             # would be a routed gradient without a raw one: a whole step of Adam.
@@ -196,14 +201,12 @@ def basis_pass(
                 alive |= jnp.any(u != 0, axis=-1)
             basis = linalg.drop_rows(basis, alive)
             energy *= jnp.any(basis != 0, axis=-2)
-            found = {
+            return {
                 "basis": jnp.where(usable[..., None, None], basis, u),
                 "energy": jnp.where(usable[..., None], energy, e),
                 "usable": usable,
+                **of_growth,
             }
-            if share is not None:
-                found["share"] = jnp.where(usable[..., None], share, 0)
-            return found
 
         # Leaves that this pass did not see (hidden by a mask) do not occur: a state's
         # own mask decides which leaves it holds, and how it writes that.
@@ -212,7 +215,9 @@ def basis_pass(
         split = lambda name: jax.tree.map(  # noqa: E731
             lambda u, m: m[name], state.basis, merged
         )
-        names = ["basis", "energy", "usable"] + ["share"] * (memory == "grow")
+        names = ["basis", "energy", "usable"]
+        if memory == "grow":
+            names += ["share", "left_out"]
         return {name: split(name) for name in names}
 
     def _merged(u, e, normalised, threshold):
@@ -230,17 +235,15 @@ def basis_pass(
 
 
 def _grown(u, normalised, threshold):
-    """Old columns and those that the threshold asks for; what each has of the task."""
-    old = jnp.any(u != 0, axis=-2)
-    factor = growth.factor(normalised)
-    count = jnp.sum(old, axis=-1, dtype=jnp.int32)
-    basis, _ = growth.grow_memory(u, count, factor, threshold)
-    share = jnp.sum(basis * linalg.lift(normalised, basis), axis=-2)
+    """What has grown, and the energy that each column has of the task."""
+    count = jnp.sum(jnp.any(u != 0, axis=-2), axis=-1, dtype=jnp.int32)
     # Rounding turns weak eigenvectors of the same inputs a little off their basis. What
     # is new of them holds no energy, and would take room for good.
-    strongest = jnp.max(jnp.sum(factor**2, axis=-2), axis=-1, keepdims=True)
-    keep = old | (share > growth.rounding(normalised) * strongest)
-    return basis * keep[..., None, :], share * keep
+    grown = growth.grow(
+        u, count, growth.factor(normalised), threshold, growth.rounding(u)
+    )
+    share = jnp.sum(grown.memory * linalg.lift(normalised, grown.memory), axis=-2)
+    return grown, share
 
 
 def _gradients(views, basis, data, labels):

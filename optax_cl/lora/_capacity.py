@@ -86,6 +86,7 @@ def consolidate(
     memory: _memory.GradientMemory,
     matrices: Mapping[str, chex.Array],
     threshold: chex.Numeric,
+    statistic: str,
     overflow: str,
 ) -> _memory.GradientMemory:
     """The memory with what it misses of a task's matrices, by path of the kernel.
@@ -93,17 +94,18 @@ def consolidate(
     Raises:
       ValueError: Where they don't all fit, with overflow ``"error"``.
     """
-    if overflow == "error":
-        for path, basis, count in _entries(memory):
-            _check_fits(path, basis, count, matrices[path], threshold)
-    grown = [
-        growth.grow_memory(basis, count, matrices[path], threshold)
-        for path, basis, count in _entries(memory)
-    ]
+    bases, counts = [], []
+    for path, basis, count in _entries(memory):
+        # All statistics but the mean gradient are factors of a sum.
+        floor = 0.0 if statistic == "mean" else growth.rounding(basis)
+        grown = growth.grow(basis, count, matrices[path], threshold, floor)
+        if overflow == "error":
+            growth.check_fits(path, basis.shape[-1], grown.left_out)
+        bases.append(grown.memory)
+        counts.append(grown.count)
     structure = jax.tree.structure(memory.basis)
     return _memory.GradientMemory(
-        basis=structure.unflatten([basis for basis, _ in grown]),
-        count=structure.unflatten([count for _, count in grown]),
+        basis=structure.unflatten(bases), count=structure.unflatten(counts)
     )
 
 
@@ -114,27 +116,6 @@ def _entries(
     bases = jax.tree_util.tree_leaves_with_path(memory.basis)
     for (path, basis), count in zip(bases, jax.tree.leaves(memory.count), strict=True):
         yield path[-2].key, basis, count
-
-
-def _check_fits(path, basis, count, matrix, threshold):
-    missing = growth.missing_columns(basis, matrix, threshold)
-    if np.any(np.asarray(count + missing) > basis.shape[-1]):
-        raise ValueError(
-            f"the memory of `{path}` has {basis.shape[-1]} columns, of which "
-            f"{np.max(count)} are in use, and the task needs {np.max(missing)} more "
-            "(`overflow='error'`). Enlarge the state with `optax_cl.grow(opt_state, "
-            "capacity)`, lower `threshold`, or build it with `overflow='strongest'`."
-        )
-
-
-def check_not_traced(method: str, value: Any) -> None:
-    """Raises if ``value`` is traced, so that overflow would go unseen."""
-    if isinstance(value, jax.core.Tracer):
-        raise ValueError(
-            "`overflow='error'` cannot be checked inside a transformed function. Call "
-            f"`end_task` outside `jit`, or build `{method}` with "
-            "`overflow='strongest'`."
-        )
 
 
 def usage(memory: _memory.GradientMemory) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import boundaries, checks, trees
+from optax_cl._core import boundaries, checks, growth, trees
 from optax_cl.lora import (
     _capacity,
     _drift,
@@ -209,7 +209,7 @@ def eblora(
     checks.check_number("threshold", threshold, low=0.0, high=1.0)
     checks.check_number("step_multiplier", step_multiplier, low=0.0, open_low=True)
     checks.check_choice("statistic", statistic, _memory.STATISTICS)
-    checks.check_choice("overflow", overflow, _memory.OVERFLOWS)
+    checks.check_choice("overflow", overflow, growth.OVERFLOWS)
     checks.check_choice("metric", metric, stiefel.METRICS)
     checks.check_choice("retraction", retraction, stiefel.RETRACTIONS)
     ranks = _capacity.hashable_ranks(memory_rank, targets)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_cl._core import checks, tasks, trees
+from optax_cl._core import checks, growth, tasks, trees
 from optax_cl._core.orthonormal import off_memory
 from optax_cl.lora import _capacity, _checks, _memory, _spectral
 from optax_cl.lora._targets import Targets
@@ -122,7 +122,7 @@ def _end_task(state: EbloraState, params: Any, results: dict[str, Any]) -> Eblor
     (gradients,) = results.values()
     rules = state.rules
     memory = _capacity.consolidate(
-        state.memory, gradients, state.threshold, rules.overflow
+        state.memory, gradients, state.threshold, rules.statistic, rules.overflow
     )
     return state._replace(memory=memory)
 
@@ -139,7 +139,7 @@ def _begin_task(state: EbloraState, params: Any) -> EbloraState:
 
 def _check(state: EbloraState) -> None:
     if state.rules.overflow == "error" and _restricts(state):
-        _capacity.check_not_traced("eblora", state.drift)
+        growth.check_not_traced("eblora", state.drift)
     if isinstance(state.drift, jax.core.Tracer):
         return
     if np.max(state.drift) > _DRIFT:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, tasks, trees
+from optax_cl._core import checks, growth, tasks, trees
 from optax_cl.lora import _capacity, _checks, _factors, _inputs, _memory
 from optax_cl.lora._adapters import LoRA, is_adapter
 from optax_cl.lora._targets import Targets
@@ -154,7 +154,7 @@ def frozen_a(
     checks.check_pattern("factors", factors)
     checks.check_number("threshold", threshold, low=0.0, high=1.0)
     checks.check_choice("statistic", statistic, STATISTICS)
-    checks.check_choice("overflow", overflow, _memory.OVERFLOWS)
+    checks.check_choice("overflow", overflow, growth.OVERFLOWS)
     if (targets is None) != (memory_rank is None):
         raise ValueError(
             "`targets` and `memory_rank` make a memory together; got "
@@ -220,7 +220,7 @@ def _end_task(state, params, results):
     (matrices,) = results.values()
     rules = state.rules
     memory = _capacity.consolidate(
-        state.memory, matrices, state.threshold, rules.overflow
+        state.memory, matrices, state.threshold, rules.statistic, rules.overflow
     )
     return state._replace(memory=memory)
 
@@ -250,7 +250,7 @@ def _begin_task(state, params):
 
 def _check(state):
     if state.memory is not None and state.rules.overflow == "error":
-        _capacity.check_not_traced("frozen_a", state.tasks)
+        growth.check_not_traced("frozen_a", state.tasks)
 
 
 def _usage(state):

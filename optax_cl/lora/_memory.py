@@ -18,7 +18,6 @@ from optax_cl._core import checks, growth, linalg, statistics, tasks
 from optax_cl.lora._targets import Targets, kernels, replace_kernels
 
 STATISTICS = ("mean", "batches")
-OVERFLOWS = ("strongest", "error")
 
 
 class GradientMemory(NamedTuple):

@@ -11,10 +11,9 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optax_cl._core import checks, tasks, trees
+from optax_cl._core import checks, places, tasks, trees
 from optax_cl.lora import _factors
 
 OVERFLOWS = ("error", "oldest")
@@ -120,21 +119,8 @@ def _consolidate(state: Any, params: chex.ArrayTree) -> Any:
 
 
 def _check_capacity(state: Any) -> None:
-    capacity, overflow = state.rules.capacity, state.rules.overflow
-    if overflow != "error":
-        return
-    if isinstance(state.tasks, jax.core.Tracer):
-        raise ValueError(
-            "`overflow='error'` cannot be checked inside a transformed function, where "
-            "the number of stored tasks is not known. Call `end_task` outside `jit`, "
-            "or build the method with `overflow='oldest'`."
-        )
-    if np.max(state.tasks) >= capacity:
-        raise ValueError(
-            f"the rows of {capacity} tasks are stored and no more fit (`capacity="
-            f"{capacity}`). Make room with `optax_cl.grow(opt_state, capacity)`, or "
-            "build the method with `overflow='oldest'`."
-        )
+    if state.rules.overflow == "error":
+        places.check_left(state.tasks, state.rules.capacity, "`overflow='oldest'`")
 
 
 def _grow(state: Any, capacity: int) -> Any:

@@ -1,15 +1,16 @@
 """One owner for the memory of a protected subspace, which it lends to links inside."""
 
+import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optax_cl._core import checks, subspaces, tasks, trees
+from optax_cl._core import checks, growth, subspaces, tasks, trees
 from optax_cl._core.matrices import ViewRule, matrix_shape, matrix_views, tree_views
 from optax_cl.routing import _capture, _subspace
 
@@ -33,7 +34,7 @@ class ProtectState(NamedTuple):
 
 
 @jax.tree_util.register_static
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ProtectSettings:
     """What a boundary must know; part of the state's structure, without leaves."""
 
@@ -43,6 +44,7 @@ class ProtectSettings:
     memory: str
     svd: str
     labels: str
+    overflow: str
 
 
 def protect(
@@ -54,6 +56,7 @@ def protect(
     memory: str = "all",
     svd: str = "exact",
     labels: str = "sampled",
+    overflow: str = "strongest",
     mean_decay: jax.typing.ArrayLike = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Owns the basis of a protected subspace, and lends it to the links inside.
@@ -123,6 +126,10 @@ def protect(
       svd: ``"exact"`` or ``"randomized"``, for the task's Gram matrix.
       labels: ``"sampled"`` from the model, or ``"empirical"``: gradients of
         ``task.loss``. Empirical curvature has not Hessian units.
+      overflow: When columns that grow do not fit: ``"strongest"`` keeps the strongest
+        that do, and what is left out is not protected; ``"error"`` makes ``end_task``
+        raise, outside ``jit``. ``optax_cl.describe`` tells the columns in use (of the
+        kernel with the least room), ``optax_cl.grow`` gives more.
       mean_decay: Decay of the averaged coefficients, in [0, 1).
 
     Returns:
@@ -178,6 +185,12 @@ def protect(
             "`svd='randomized'` doesn't see all of it. Use `svd='exact'`."
         )
     checks.check_choice("labels", labels, ("sampled", "empirical"))
+    checks.check_choice("overflow", overflow, growth.OVERFLOWS)
+    if overflow == "error" and memory != "grow":
+        raise ValueError(
+            f"`overflow='error'` has nothing to refuse with `memory={memory!r}`, which "
+            "always keeps the strongest columns. Use `memory='grow'`."
+        )
     _capture.check_links(links)
     settings = ProtectSettings(
         rank=rank,
@@ -186,6 +199,7 @@ def protect(
         memory=memory,
         svd=svd,
         labels=labels,
+        overflow=overflow,
     )
     inner = optax.chain(*links)
     captured = _capture.capture_raw(inner)
@@ -368,6 +382,10 @@ def _passes(state: ProtectState) -> tuple[tasks.Pass, ...]:
 
 
 def _end_task(state, params, results):
+    if state.settings.overflow == "error":
+        left_out = jax.tree_util.tree_leaves_with_path(results["basis"]["left_out"])
+        for path, columns in left_out:
+            growth.check_fits(checks.path_str(path), state.settings.rank, columns)
     params = trees.align_structure("params", params, state.basis)
     own, scale = state._replace(inner=()), _scale(state.inner)
     return _consolidated(scale, own, params, results)._replace(inner=state.inner)
@@ -441,6 +459,41 @@ def _where_anchored(new: ProtectState, old: ProtectState) -> ProtectState:
     return new._replace(**{field: choose(field) for field in fields})
 
 
+def _check(state):
+    if state.settings.overflow == "error":
+        growth.check_not_traced("protect", state.tasks)
+
+
+def _usage(state):
+    """Columns, not tasks, of the fullest basis that grows."""
+    if state.settings.memory != "grow":
+        return state.tasks, None
+    used = [jnp.sum(jnp.any(u != 0, axis=-2), -1) for u in jax.tree.leaves(state.basis)]
+    return max((int(np.max(u)) for u in used), default=0), state.settings.rank
+
+
+def _grow(state, capacity):
+    for path, u in jax.tree_util.tree_leaves_with_path(state.basis):
+        if capacity > u.shape[-2]:
+            raise ValueError(
+                f"`capacity` is {capacity}, but the leaf `{checks.path_str(path)}` has "
+                f"a fan-in of {u.shape[-2]}, and no more columns."
+            )
+
+    def pad(field, axis):
+        def one(x):
+            widths = [(0, 0)] * x.ndim
+            widths[axis] = (0, capacity - x.shape[axis])
+            return jnp.pad(x, widths)
+
+        return jax.tree.map(one, getattr(state, field))
+
+    columns = {field: pad(field, -1) for field in ("basis", "energy", "importance")}
+    rows = {field: pad(field, -2) for field in ("anchor", "curvature", "mean")}
+    settings = dataclasses.replace(state.settings, rank=capacity)
+    return state._replace(**columns, **rows, settings=settings)
+
+
 def _project_tree(state, tree):
     return _subspace.removed(state.settings.views, state.basis, tree)
 
@@ -451,7 +504,9 @@ tasks.register_boundary(
         passes=_passes,
         end_task=_end_task,
         like=lambda state: state.basis,
-        usage=lambda state: (state.tasks, None),
+        usage=_usage,
+        check=_check,
+        grow=_grow,
         project=_project_tree,
     ),
 )

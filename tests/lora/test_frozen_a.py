@@ -216,7 +216,7 @@ def test_a_full_memory_keeps_the_strongest_or_raises():
     top = np.linalg.svd(np.float64(data["x"]).T)[0][:, :3]
     np.testing.assert_allclose(memory @ memory.T, top @ top.T, atol=1e-4)
     strict = frozen(statistic="inputs", memory_rank=3, overflow="error")
-    with pytest.raises(ValueError, match=r"`kernel` has 3 columns.*needs 10 more"):
+    with pytest.raises(ValueError, match=r"`kernel` has 3 columns.*needs 7 more"):
         boundary(strict.init(start()), start(), [data])
     with pytest.raises(ValueError, match="inside a transformed function"):
         jax.jit(lambda s: boundary(s, start(), [data]))(strict.init(start()))
@@ -225,6 +225,25 @@ def test_a_full_memory_keeps_the_strongest_or_raises():
     grown = optax_cl.grow(full, 100)
     assert lora.memory(grown)["kernel"].shape == (IN, IN - R)
     assert used(lora.memory(boundary(grown, start(), [data]))["kernel"]) == IN - R
+
+
+def test_tasks_of_one_subspace_add_no_column_of_rounding():
+    rng = np.random.default_rng(0)
+    params = {"kernel": np.zeros((32, 4), np.float32)}
+    targets = lora.targets(params, {"kernel": R}, alpha=2.0)
+    tx = lora.frozen_a(
+        targets=targets, memory_rank=20, threshold=1.0, statistic="inputs"
+    )
+    adapters = {"kernel": lora.LoRA(np.zeros((32, R)), np.zeros((R, 4)))}
+    state, task = tx.init(adapters), optax_cl.Task(layer_inputs=lambda both, x: x)
+    span = np.linalg.qr(rng.normal(size=(32, 8)))[0] * np.logspace(0, -2, 8)
+    for _ in range(4):
+        x = {"kernel": np.float32(rng.normal(size=(200, 8)) @ span.T)}
+        found = optax_cl.collect(
+            state, adapters, [x], task=task, frozen=params, key=KEY
+        )
+        state = optax_cl.end_task(state, adapters, found)
+        assert used(lora.memory(state)["kernel"]) == 8
 
 
 # --- Bad input, and the contract -----------------------------------------------------

@@ -127,7 +127,7 @@ def test_a_full_memory_keeps_the_strongest_directions():
     memory, count = grow_memory(*empty(4, 2), gradient, 1.0)
     assert int(count) == 2
     np.testing.assert_allclose(projector(memory), np.diag([1.0, 1, 0, 0]), atol=1e-6)
-    assert int(growth.missing_columns(*empty(4, 2)[:1], gradient, 1.0)) == 4
+    assert int(growth.grow(*empty(4, 2), gradient, 1.0).left_out) == 2
 
 
 def test_stacked_layers_grow_as_each_by_itself():

@@ -201,7 +201,7 @@ def test_rows_stand_in_the_order_of_tasks_with_zeros_behind():
 
 def test_a_full_memory_raises_or_forgets_the_oldest():
     full = remembering(lora.olora(1.0, capacity=2), HISTORY[:2])
-    with pytest.raises(ValueError, match=r"rows of 2 tasks.*optax_cl\.grow"):
+    with pytest.raises(ValueError, match=r"all 2 places.*optax_cl\.grow"):
         boundary(full, HERE)
     state = remembering(lora.olora(1.0, capacity=2, overflow="oldest"), HISTORY)
     expected = np.concatenate([factor(t) for t in HISTORY[1:]], axis=-1)
