@@ -59,7 +59,8 @@ def edit_kernel(
     Returns:
       The edited kernel, in its own dtype. One Cholesky factor of ``[in, in]``, one SVD
       of ``[in, n]`` and ``O(in^2 (n + out))``. Keys that depend on each other are
-      answered in the least squares.
+      answered in the least squares. A kernel that can't be edited (see below; inside
+      ``jit`` values are not known, and nothing can be raised) comes back as it was.
 
     Raises:
       ValueError: For shapes that do not fit or numbers out of range; where values are
@@ -111,7 +112,9 @@ def edit_kernel(
     s = jnp.where(has, s, 1)
     gain = jnp.where(has, 1 / (s + damping / s), 0)
     answer = lift(p * gain[None], lift(qt, v - lift(k, w)))
-    return (w + decompositions.solve_transposed(lower, answer)).astype(dtype)
+    edited = w + decompositions.solve_transposed(lower, answer)
+    # All or nothing: one key that is not finite leaves no column as it should be.
+    return jnp.where(jnp.all(jnp.isfinite(edited)), edited, w).astype(dtype)
 
 
 def _check(kernel, keys, values, covariance):

@@ -185,3 +185,14 @@ def test_mistakes_are_named():
             edit_kernel(*arguments)
     with pytest.raises(ValueError, match="`damping`"):
         edit_kernel(w, k, v, c, damping=-1.0)
+
+
+def test_a_layer_that_cannot_be_edited_stays_as_it_was_inside_jit():
+    w, k, v, c = problem(15, 2)
+    nan = k.copy()
+    nan[1, 3] = np.nan
+    layers = [(w, k, v, c), (w, k, v, -c), (w, k, v, 0 * c), (w, nan, v, c)]
+    stacked = [np.stack(arrays) for arrays in zip(*layers, strict=True)]
+    edited, *others = jax.jit(jax.vmap(edit_kernel))(*stacked)
+    assert distance(edited, edit_kernel(w, k, v, c)) < 1e-5
+    assert [distance(other, w) for other in others] == [0, 0, 0]
