@@ -72,13 +72,6 @@ class Measures(NamedTuple):
     largest: np.ndarray  # largest singular value of an update
 
 
-def seeds(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tuning and the reporting seeds."""
-    tuning = range(config.first_tuning_seed, config.first_tuning_seed + config.tuning)
-    reported = range(config.first_seed, config.first_seed + config.seeds)
-    return tuple(tuning), tuple(reported)
-
-
 def load(
     folder: Path,
     programs: dict[str, list[tuple[arms.Arm, str]]],

@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments import figures, run_folder, scatter
 from experiments.report import Figure, Report, Table
+from experiments.studies import _configs as configs
 from experiments.studies import _regime_claims as claims
 from experiments.studies import _regime_regression as regression
 from experiments.studies import _regime_results as results
@@ -63,7 +64,7 @@ def report(folder: Path, config_class: type) -> Report:
             pictures += [_heat_figure(one, "matched") for one in maps[1:]]
             for one in maps[1:]:
                 tables += [_difference_table(one, "matched"), _rates_table(one)]
-    tuning, reported = results.seeds(config)
+    tuning, reported = configs.seeds(config)
     summary = (
         f"Every arm runs in every regime at every learning rate, on {len(reported)} "
         f"seeds that are reported and {len(tuning)} others that choose learning rates. "
@@ -181,7 +182,7 @@ def _regimes_table(one: MapResults, config: Any) -> Table:
     arm = one.fixed["vanilla"]
     rows = [("measured overlap s", *_pairs(*figures.mean_and_error(arm.overlap)))]
     if one.map.part == "regression":
-        _, reported = results.seeds(config)
+        _, reported = configs.seeds(config)
         best = regression.joint_optimum(regression.make_data(reported))
         rows.append(("joint optimum", *_pairs(*figures.mean_and_error(best))))
     for which in ("matched", "fixed"):

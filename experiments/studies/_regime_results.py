@@ -110,18 +110,6 @@ class MapResults(NamedTuple):
     oracle_fixed: np.ndarray
 
 
-def seeds(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tuning and the reporting seeds."""
-    return (
-        tuple(
-            range(
-                config.first_tuning_seed, config.first_tuning_seed + config.tuning_seeds
-            )
-        ),
-        tuple(range(config.first_seed, config.first_seed + config.seeds)),
-    )
-
-
 def maps(config: Any) -> list[Map]:
     """The maps of a config, the main one of each part first."""
     found = []
@@ -172,7 +160,7 @@ def by_routing(one: Map) -> dict[str, list[str]]:
 
 def load(folder: Path, config: Any) -> list[MapResults]:
     """Reads all maps of a finished run."""
-    return [_load_map(Path(folder), one, config.tuning_seeds) for one in maps(config)]
+    return [_load_map(Path(folder), one, config.tuning) for one in maps(config)]
 
 
 def tuned(finals: np.ndarray, tuning: int) -> np.ndarray:

@@ -19,8 +19,6 @@ strength that stops learning keeps everything. Differences are paired by seed.
 """
 
 import dataclasses
-import difflib
-import importlib.util
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +28,7 @@ from experiments.studies import _classic_arms as arms
 from experiments.studies import _classic_data as data
 from experiments.studies import _classic_program as program
 from experiments.studies import _classic_report as reporting
+from experiments.studies import _configs as configs
 
 QUICK = ("fine-tuning", "EWC", "GPM", "A-GEM", "replay", "all data")
 
@@ -55,35 +54,12 @@ class Config:
     steps: int = field(200, minimum=4, help="steps per task")
 
 
-def seeds(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tuning and the reporting seeds."""
-    tuning = range(config.first_tuning_seed, config.first_tuning_seed + config.tuning)
-    reported = range(config.first_seed, config.first_seed + config.seeds)
-    return tuple(tuning), tuple(reported)
-
-
 def check(config: Config) -> None:
     """Refuses unknown methods, seeds in two roles, and missing images."""
-    for name in config.arms:
-        if name not in arms.METHODS:
-            close = difflib.get_close_matches(name, arms.METHODS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else ", ".join(arms.METHODS)
-            raise ValueError(f"`--arms` knows no {name!r}; {hint}")
-    tuning, reported = seeds(config)
-    if both := sorted(set(tuning) & set(reported)):
-        raise ValueError(
-            f"the seeds {both} would choose settings and be reported; move "
-            "`--first-seed` or `--first-tuning-seed`."
-        )
-    for name in ("scenarios", "arms", "rates"):
-        values = getattr(config, name)
-        if len(set(values)) < len(values):
-            raise ValueError(f"`--{name}` names a value twice: {values}.")
-    if importlib.util.find_spec("sklearn") is None:
-        raise ValueError(
-            "the study takes its images from scikit-learn, which is not installed: "
-            "`pip install scikit-learn`."
-        )
+    configs.check_arms(config.arms, list(arms.METHODS))
+    configs.check_seeds(config)
+    configs.check_distinct(config, "scenarios", "arms", "rates")
+    configs.check_digits()
 
 
 def chosen(config: Config) -> dict[str, tuple[str, ...]]:
@@ -98,7 +74,7 @@ def chosen(config: Config) -> dict[str, tuple[str, ...]]:
 
 def run(config: Config, folder: Path, context: engine.Context) -> dict:
     """Runs every method; returns the numbers of ``results.json``."""
-    tuning, reported = seeds(config)
+    tuning, reported = configs.seeds(config)
     everything = data.make_data(tuning + reported)
     index = {seed: i for i, seed in enumerate(tuning + reported)}
     methods = chosen(config)

@@ -30,7 +30,6 @@ learning loss; every arm is compared with that curve at its own learning loss.
 """
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,6 +39,7 @@ import numpy as np
 from experiments import data, engine, run_folder
 from experiments.models import byte_lm
 from experiments.studies import Study, field
+from experiments.studies import _configs as configs
 from experiments.studies import _stream_arms as arms
 from experiments.studies import _stream_program as program
 from experiments.studies import _stream_report as reporting
@@ -136,12 +136,7 @@ def chosen_arms(names: tuple[str, ...]) -> tuple[arms.Arm, ...]:
     wanted = ["vanilla"]
     for name in names:
         wanted += groups.get(name, (name,))
-    for name in wanted:
-        if name not in arms.ARMS:
-            known = [*groups, *arms.ARMS]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else ", ".join(known)
-            raise ValueError(f"`--arms` knows no {name!r}; {hint}")
+    configs.check_arms(wanted, [*groups, *arms.ARMS])
     return tuple(arms.ARMS[name] for name in dict.fromkeys(wanted))
 
 

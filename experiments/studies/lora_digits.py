@@ -27,13 +27,12 @@ needs to be told the task; replay one that keeps the data.
 """
 
 import dataclasses
-import difflib
-import importlib.util
 from pathlib import Path
 from typing import Literal
 
 from experiments import engine, run_folder
 from experiments.studies import Study, field
+from experiments.studies import _configs as configs
 from experiments.studies import _lora_arms as arms
 from experiments.studies import _lora_data as data
 from experiments.studies import _lora_program as program
@@ -84,26 +83,10 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuses unknown arms, seeds in two roles, and missing images."""
-    for name in config.arms:
-        if name not in arms.ARMS:
-            close = difflib.get_close_matches(name, arms.ARMS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else ", ".join(arms.ARMS)
-            raise ValueError(f"`--arms` knows no {name!r}; {hint}")
-    tuning, reported = results.seeds(config)
-    if both := sorted(set(tuning) & set(reported)):
-        raise ValueError(
-            f"the seeds {both} would choose learning rates and be reported; move "
-            "`--first-seed` or `--first-tuning-seed`."
-        )
-    for name in ("streams", "arms", "rates"):
-        values = getattr(config, name)
-        if len(set(values)) < len(values):
-            raise ValueError(f"`--{name}` names a value twice: {values}.")
-    if importlib.util.find_spec("sklearn") is None:
-        raise ValueError(
-            "the study takes its images from scikit-learn, which is not installed: "
-            "`pip install scikit-learn`."
-        )
+    configs.check_arms(config.arms, list(arms.ARMS))
+    configs.check_seeds(config)
+    configs.check_distinct(config, "streams", "arms", "rates")
+    configs.check_digits()
 
 
 def programs(config: Config) -> dict[str, list[tuple[arms.Arm, str]]]:
@@ -119,7 +102,7 @@ def programs(config: Config) -> dict[str, list[tuple[arms.Arm, str]]]:
 
 def run(config: Config, folder: Path, context: engine.Context) -> dict:
     """Runs every arm; returns the numbers of ``results.json``."""
-    tuning, reported = results.seeds(config)
+    tuning, reported = configs.seeds(config)
     seeds = tuning + reported
     chosen = programs(config)
     lanes = sum(map(len, chosen.values())) * len(config.rates) * len(seeds)
@@ -138,7 +121,7 @@ def run(config: Config, folder: Path, context: engine.Context) -> dict:
 def report(folder: Path):
     """Tables, figures and claims of a finished run."""
     config = run_folder.read_config(folder, Config)
-    tuning, reported = results.seeds(config)
+    tuning, reported = configs.seeds(config)
     summary = (
         f"Accuracies on held-out images, mean and standard error over {len(reported)} "
         f"seeds. Learning rates were chosen on {len(tuning)} other seeds, from "

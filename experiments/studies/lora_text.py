@@ -33,7 +33,6 @@ accuracy on a tuning order (or mined pair), which is not reported.
 """
 
 import dataclasses
-import difflib
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -43,6 +42,7 @@ import numpy as np
 from experiments import data, engine, run_folder
 from experiments.models import smollm2
 from experiments.studies import Study, field
+from experiments.studies import _configs as configs
 from experiments.studies import _lora_arms as arms
 from experiments.studies import _lora_program as program
 from experiments.studies import _lora_report as reporting
@@ -155,22 +155,14 @@ SIZES = {
 
 def check(config: Config) -> None:
     """Refuses unknown arms, seeds in two roles, rates without tuning, missing data."""
-    for name in config.arms:
-        if name not in arms.ARMS:
-            close = difflib.get_close_matches(name, arms.ARMS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else ", ".join(arms.ARMS)
-            raise ValueError(f"`--arms` knows no {name!r}; {hint}")
+    configs.check_arms(config.arms, list(arms.ARMS))
     if len(config.rates) > 1 and not config.tuning:
         raise ValueError("more than one of `--rates` needs `--tuning` of at least 1.")
-    tuning, reported = results.seeds(config)
-    if both := sorted(set(tuning) & set(reported)):
-        raise ValueError(
-            f"the seeds {both} would choose learning rates and be reported; move "
-            "`--first-seed` or `--first-tuning-seed`."
-        )
+    configs.check_seeds(config)
+    configs.check_distinct(config, "streams", "arms", "rates")
     tasks = _tasks(config)
     if config.order == "published":
-        _orders(config, tasks, reported)
+        _orders(config, tasks, configs.seeds(config)[1])
     if "mined" in config.streams and not any(task.answers for task in tasks):
         raise ValueError(
             "all tasks have free answers, and pairs are mined from questions that one "
@@ -211,7 +203,7 @@ def _orders(config, tasks, seeds):
 def run(config: Config, folder: Path, context: engine.Context) -> dict:
     """Trains every arm on every order; returns the numbers of ``results.json``."""
     size = sized(config)
-    tuning, reported = results.seeds(config)
+    tuning, reported = configs.seeds(config)
     seeds = tuning + reported
     chosen = programs(config)
     tasks = _tasks(config)
@@ -296,7 +288,7 @@ def report(folder: Path):
         groups=groups,
         base_higher=False,
     )
-    _, reported = results.seeds(config)
+    _, reported = configs.seeds(config)
     adapted = "all" if size["layers"] == 30 else f"the last {size['layers']}"
     chosen = ", ".join(f"{r:g}" for r in config.rates)
     summary = (

@@ -17,12 +17,12 @@ the matched results learning rate) of each regime, chosen on the reporting seeds
 """
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Literal
 
 from experiments import engine
 from experiments.studies import Study, field
+from experiments.studies import _configs as configs
 from experiments.studies import _regime_arms as arms
 from experiments.studies import _regime_digits as digits
 from experiments.studies import _regime_program as program
@@ -40,9 +40,7 @@ class Config:
     )
     seeds: int = field(12, quick=3, minimum=2, help="seeds that are reported")
     first_seed: int = field(1000, minimum=0, help="the first of them")
-    tuning_seeds: int = field(
-        5, quick=2, minimum=1, help="seeds that choose learning rates"
-    )
+    tuning: int = field(5, quick=2, minimum=1, help="seeds that choose learning rates")
     first_tuning_seed: int = field(0, minimum=0, help="the first of them")
     steps: tuple[int, ...] = field(
         (500, 2500), minimum=1, help="regression: steps per task, one map each"
@@ -74,12 +72,7 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuses seeds in two roles, a fixed rate that is not run, and missing images."""
-    tuning, reporting_seeds = results.seeds(config)
-    if both := sorted(set(tuning) & set(reporting_seeds)):
-        raise ValueError(
-            f"the seeds {both} would choose learning rates and be reported; move "
-            "`--first-seed` or `--first-tuning-seed`."
-        )
+    configs.check_seeds(config)
     for name, rate, rates in (
         ("fixed_rate", config.fixed_rate, config.rates),
         ("digit_fixed_rate", config.digit_fixed_rate, config.digit_rates),
@@ -87,21 +80,16 @@ def check(config: Config) -> None:
         if rate not in rates:
             flag = name.replace("_", "-")
             raise ValueError(f"`--{flag}` must be one of {rates}; got {rate}.")
-    for name in ("parts", "steps", "ranks", "rates", "digit_ranks", "digit_rates"):
-        values = getattr(config, name)
-        if len(set(values)) < len(values):
-            flag = name.replace("_", "-")
-            raise ValueError(f"`--{flag}` names a value twice: {values}.")
-    if "digits" in config.parts and importlib.util.find_spec("sklearn") is None:
-        raise ValueError(
-            "the part `digits` takes its images from scikit-learn, which is not "
-            "installed: `pip install scikit-learn`, or run `--parts regression`."
-        )
+    configs.check_distinct(
+        config, "parts", "steps", "ranks", "rates", "digit_ranks", "digit_rates"
+    )
+    if "digits" in config.parts:
+        configs.check_digits("the part `digits`")
 
 
 def run(config: Config, folder: Path, context: engine.Context) -> dict:
     """Runs every map; returns the numbers of ``results.json``."""
-    tuning, reported = results.seeds(config)
+    tuning, reported = configs.seeds(config)
     maps = results.maps(config)
     count = len(tuning) + len(reported)
     context.progress.plan(sum(len(m.arms) * count * m.tasks * m.steps for m in maps))

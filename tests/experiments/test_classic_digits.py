@@ -76,15 +76,6 @@ def test_what_competes_is_the_scenarios():
         assert np.asarray(batch["may"])[np.arange(6), batch["y"]].all()
 
 
-def test_settings_that_are_wrong_are_refused_by_name():
-    with pytest.raises(ValueError, match="did you mean 'Progressive'"):
-        classic_digits.check(dataclasses.replace(TINY, arms=("Progresive",)))
-    with pytest.raises(ValueError, match="would choose settings and be reported"):
-        classic_digits.check(dataclasses.replace(TINY, first_seed=0))
-    with pytest.raises(ValueError, match="names a value twice"):
-        classic_digits.check(dataclasses.replace(TINY, rates=(1e-3, 1e-3)))
-
-
 def test_the_best_setting_of_each_scenario_is_that_of_the_tuning_seeds():
     tried = reporting.settings("EWC", ("class", "task"), (1e-3, 3e-3))
     accuracy = np.zeros([len(tried), 3, data.TASKS + 1, data.TASKS])

@@ -204,7 +204,7 @@ def test_orders_derive_from_the_seed_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arms": ("vanila",)}, "knows no 'vanila'; did you mean 'vanilla'"),
+        ({"arms": ("vanila",)}, "knows no 'vanila'; did you mean vanilla"),
         ({"domains": 1}, "`--domains` must be 0 or at least 2"),
         ({"stream": "nowhere"}, "There is no stream 'nowhere'"),
         ({"rank": 33}, "`--rank` 33 is larger than 32"),

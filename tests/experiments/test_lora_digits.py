@@ -65,20 +65,6 @@ def test_the_second_stream_renames_the_classes_of_each_task():
         assert any(old != new for old, new in pairs)
 
 
-def test_tuning_seeds_are_never_reported():
-    tuning, reported = results.seeds(lora_digits.Config())
-    assert not set(tuning) & set(reported)
-    clash = dataclasses.replace(QUICK, first_seed=0)
-    with pytest.raises(ValueError, match="would choose learning rates and be reported"):
-        lora_digits.check(clash)
-
-
-def test_an_unknown_arm_is_refused_with_the_nearest_name():
-    wrong = dataclasses.replace(QUICK, arms=("EBLora",))
-    with pytest.raises(ValueError, match="did you mean 'EBLoRA'"):
-        lora_digits.check(wrong)
-
-
 def test_a_steep_view_has_the_norm_of_a_flat_one():
     adapter = lora.Spectral(s=np.float32(0.5), u=np.eye(9, 8), v=np.eye(12, 8))
     norms = []

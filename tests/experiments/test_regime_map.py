@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_cl
-from experiments import claims, cli, engine, lanes, run_folder
+from experiments import claims, engine, lanes, run_folder
 from experiments.studies import _regime_arms as arms
 from experiments.studies import _regime_claim_parts as claim_parts
 from experiments.studies import _regime_digits as digits
@@ -18,7 +18,7 @@ from experiments.studies import regime_map
 
 TINY = regime_map.Config(
     seeds=2,
-    tuning_seeds=1,
+    tuning=1,
     steps=(3, 6),
     ranks=(2, 4),
     rates=(1e-3, 4e-3),
@@ -34,20 +34,8 @@ TINY = regime_map.Config(
 # -- seeds and rates -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_tuning_and_reporting_seeds_are_disjoint(quick):
-    config = cli.make_config(regime_map.Config, quick=quick, given={})
-    tuning, reported = results.seeds(config)
-    assert tuning and reported
-    assert not set(tuning) & set(reported)
-    if not quick:
-        assert len(reported) >= 12
-
-
-def test_a_seed_in_both_roles_is_refused():
-    config = dataclasses.replace(TINY, first_seed=0)
-    with pytest.raises(ValueError, match=r"seeds \[0\].*--first-seed"):
-        regime_map.check(config)
+def test_at_least_twelve_fresh_seeds_are_reported():
+    assert regime_map.Config().seeds >= 12
 
 
 @pytest.mark.parametrize(
@@ -55,7 +43,6 @@ def test_a_seed_in_both_roles_is_refused():
     [
         ({"fixed_rate": 0.1}, "--fixed-rate"),
         ({"digit_fixed_rate": 0.1}, "--digit-fixed-rate"),
-        ({"steps": (5, 5)}, "--steps` names a value twice"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(changes, message):
@@ -356,7 +343,7 @@ def fake_run(config, folder):
     """A folder as a run leaves it, with random numbers in place of training."""
     run_folder.open_run(folder, "regime_map", config)
     random = np.random.default_rng(0)
-    count = config.seeds + config.tuning_seeds
+    count = config.seeds + config.tuning
     for one in results.maps(config):
         for routing, members in results.by_routing(one).items():
             lanes = len(members) * count
