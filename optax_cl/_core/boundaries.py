@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cl._core import checks
 from optax_cl._core.task_functions import Task
 
 
@@ -232,6 +233,50 @@ def _moments(tree: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
 
     map_states(visit, tree, has_moments)
     return found
+
+
+# What the first has accumulated is dropped at every boundary; the others hold numbers,
+# several where states of seeds are stacked.
+_WITHOUT_AVERAGES = (
+    optax.MultiStepsState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
+
+
+def _may_be_average(leaf: Any) -> bool:
+    inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    return inexact and jnp.ndim(leaf) > 0
+
+
+def _is_optax_state(node: Any) -> bool:
+    return hasattr(node, "_fields") and type(node).__module__.startswith("optax.")
+
+
+def warn_of_unknown_moments(tree: Any, policy: str) -> None:
+    """Warns of Optax's states with arrays that may be averages, and are not named."""
+    found: set[str] = set()
+
+    def visit(state):
+        for field in state:
+            for leaf in jax.tree.leaves(field, is_leaf=_is_optax_state):
+                if not _is_optax_state(leaf) and _may_be_average(leaf):
+                    found.add(type(state).__name__)
+        return state
+
+    def unknown(node):
+        known = has_moments(node) or isinstance(node, _WITHOUT_AVERAGES)
+        return _is_optax_state(node) and not known
+
+    map_states(visit, tree, unknown)
+    if found:
+        names = ", ".join(f"`{name}`" for name in sorted(found))
+        checks.warn(
+            f"{policy} leaves {names} as it is: nothing says which of its fields are "
+            "averages. If some are, name them once, with "
+            "`optax_cl.boundaries.register_moments(StateClass, first=(...), "
+            "other=(...))`."
+        )
 
 
 def has_modifier(tree: Any) -> bool:

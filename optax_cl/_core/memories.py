@@ -20,7 +20,8 @@ def reset_state(
     Reached are the averages of this library, and of Optax's momentum, Adam (AdamW,
     NAdam, LAMB), AMSGrad, AdaBelief, Adadelta, Adafactor, Adagrad, Lion, Muon, Novograd
     and RMSProp. Those of other optimizers (Adan, SM3, most of ``optax.contrib``) stay
-    as they are, unless ``optax_cl.boundaries.register_moments`` names them.
+    as they are, with a warning, unless ``optax_cl.boundaries.register_moments`` names
+    them.
 
     So is what ``optax.MultiSteps`` has accumulated for an unfinished update, but not
     under a mask, where the other entries of that update go on.
@@ -40,6 +41,7 @@ def reset_state(
       ValueError: If ``mask`` does not fit the averages; those of a factored second
         moment are reset leaf by leaf only.
     """
+    boundaries.warn_of_unknown_moments(opt_state, "a reset")
     if mask is None:
         opt_state = boundaries.drop_accumulated(opt_state)
         return boundaries.map_moments(trees.zeros_like, opt_state, reset_count=True)

@@ -242,6 +242,8 @@ def end_task(
     opt_state = boundaries.drop_accumulated(opt_state)
     if moments == "reset":
         return reset_state(opt_state)
+    if moments == "project":
+        boundaries.warn_of_unknown_moments(opt_state, "`moments='project'`")
     if moments == "project" and not owners:
         raise ValueError(
             "`moments='project'` needs a protected subspace, but the optimizer holds "

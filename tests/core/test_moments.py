@@ -1,11 +1,14 @@
 """Which averages of an optimizer a reset reaches."""
 
+import warnings
+
 import jax
 import numpy as np
 import optax
 import pytest
 
 import optax_cl
+import optax_cl.testing
 from tests.arrays import normal
 
 OPTIMIZERS = {
@@ -44,6 +47,29 @@ def test_a_reset_reaches_every_average(name):
         kept = jax.tree_util.GetAttrKey("ns_coeffs") in path
         expected = begun if kept else np.zeros_like(begun)
         np.testing.assert_array_equal(leaf, expected, str(path))
+
+
+@pytest.mark.parametrize("policy", ["reset", "project"])
+def test_averages_that_nothing_names_are_told_of(policy):
+    tx = optax.adan(0.1)
+    if policy == "project":
+        tx = optax_cl.protect(1, optax_cl.scale_by_decoupled_adam(), tx)
+    params = {"w": np.ones((4, 3), np.float32)}
+    state = tx.init(params)
+    statistics = optax_cl.testing.collect_synthetic(state, params)
+    with pytest.warns(UserWarning, match=r"leaves `ScaleByAdanState` as it is"):
+        optax_cl.end_task(state, params, statistics, moments=policy)
+
+
+def test_wrappers_of_known_averages_are_not_told_of():
+    tx = optax.inject_hyperparams(optax.adamw)(0.1)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(tx, {"w": True}))
+    tx = optax.MultiSteps(optax.apply_if_finite(tx, 3), 2)
+    params = {"w": np.ones((4, 3), np.float32)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optax_cl.reset_state(tx.init(params))
+        optax_cl.reset_state(jax.vmap(lambda _: tx.init(params))(np.arange(2)))
 
 
 @pytest.mark.parametrize("place", ["modifier", "post"])
