@@ -139,6 +139,18 @@ def _rescale(strength: Schedulable = 0.5):
     return _descend(penalties.rescale_by_importance(strength))
 
 
+def _kronecker_laplace(strength: Schedulable = 3.0):
+    return _descend(penalties.kronecker_laplace(strength))
+
+
+def _kronecker_laplace_separate(strength: Schedulable = 3.0):
+    return _descend(
+        penalties.kronecker_laplace(
+            strength, accumulate="separate", capacity=2, overflow="merge"
+        )
+    )
+
+
 def _mas(strength: Schedulable = 3.0):
     return _descend(optax_cl.mas(strength))
 
@@ -411,6 +423,7 @@ SLOW = (
     "packnet",
     "pcgrad",  # takes what `gem` takes
     "progressive",  # of one column, which is all that fits any parameters: no mask
+    "kronecker_laplace[separate]",
     "mas[separate]",
     "olora[fro]",
     "scale_by_decoupled_adam[raw]",
@@ -436,6 +449,8 @@ ENTRIES: dict[str, Entry] = {
     "ewc[separate]": _captured(_ewc_separate),
     "ewc_proximal": _captured(_ewc_proximal),
     "frozen_a": _captured(_frozen_a),
+    "kronecker_laplace": _captured(_kronecker_laplace),
+    "kronecker_laplace[separate]": _captured(_kronecker_laplace_separate),
     "mas": _captured(_mas),
     "mas[separate]": _captured(_mas_separate),
     "gem": _captured(_gem)._replace(extra_args=_memories, agreeing=_same_memories),

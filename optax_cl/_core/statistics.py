@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cl._core import checks, per_example, tasks
+from optax_cl._core import checks, per_example, tasks, trees
 
 ESTIMATORS = ("exact", "sampled", "empirical", "predicted", "batched")
 
@@ -85,9 +85,12 @@ def fisher_pass(estimator: str) -> tasks.Pass:
       so that all methods that ask for it share one computation and one compilation.
     """
     checks.check_choice("estimator", estimator, ESTIMATORS)
-    add = {"exact": _add_exact, "batched": _add_batched}.get(
-        estimator, functools.partial(_add_labelled, estimator)
-    )
+
+    def add(sums, data):
+        if estimator == "batched":
+            return _add_batched(sums, data)
+        squares, items = add_scores(estimator, data, _squares, sums.squares)
+        return _advance(sums, squares, data.weights, items=items)
 
     def init(state, params):
         del state
@@ -212,7 +215,30 @@ def fisher_diagonal(
 # --- One batch -----------------------------------------------------------------------
 
 
-def _add_exact(sums: _Sums, data: tasks.PassInput) -> _Sums:
+def add_scores(
+    estimator: str,
+    data: tasks.PassInput,
+    of_score: Callable[[Any], Any],
+    total: Any,
+) -> tuple[Any, int]:
+    """Adds what is wanted of the scores of a batch, in the mean over labels.
+
+    Args:
+      estimator: ``"exact"``, ``"sampled"``, ``"empirical"`` or ``"predicted"``: which
+        labels.
+      data: One step of a pass.
+      of_score: ``score -> tree``, quadratic in the score, a tree like the parameters.
+      total: The sum so far, a tree like that.
+
+    Returns:
+      The sum with that of each example added, and how many labels an example has.
+    """
+    if estimator == "exact":
+        return _add_exact(data, of_score, total), 1
+    return _add_labelled(estimator, data, of_score, total)
+
+
+def _add_exact(data, of_score, total):
     outputs = tasks.require(data.task, "outputs", "the Fisher estimator 'exact'")
     _check_classes("exact", data)
     shape = result_shape("outputs", outputs, data)
@@ -234,18 +260,15 @@ def _add_exact(sums: _Sums, data: tasks.PassInput) -> _Sums:
         # pass in all, and nothing of size classes times parameters.
         def add_class(total, c):
             (score,) = pull_back(jax.nn.one_hot(c, z.size, dtype=z.dtype) - p)
-            return _add_squares(total, score, p[c]), None
+            return jax.tree.map(lambda t, v: t + p[c] * v, total, of_score(score)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, sums.squares)
+        zeros = jax.tree.map(jnp.zeros_like, total)
         return jax.lax.scan(add_class, zeros, jnp.arange(z.size))[0]
 
-    squares = per_example.sum_over_examples(
-        one, data.batch, data.weights, sums.squares, copies=2
-    )
-    return _advance(sums, squares, data.weights, items=1)
+    return per_example.sum_over_examples(one, data.batch, data.weights, total, copies=2)
 
 
-def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
+def _add_labelled(estimator, data, of_score, total):
     method = f"the Fisher estimator {estimator!r}"
     if estimator == "empirical":
         loss = tasks.require(data.task, "loss", method)
@@ -282,13 +305,9 @@ def _add_labelled(estimator: str, sums: _Sums, data: tasks.PassInput) -> _Sums:
         rows = (data.batch, labels)
 
     def one(row):
-        score = jax.grad(log_prob)(data.params, row)
-        return jax.tree.map(
-            lambda s, like: jnp.square(s.astype(like.dtype)), score, sums.squares
-        )
+        return of_score(jax.grad(log_prob)(data.params, row))
 
-    squares = per_example.sum_over_examples(one, rows, data.weights, sums.squares)
-    return _advance(sums, squares, data.weights, items=items)
+    return per_example.sum_over_examples(one, rows, data.weights, total), items
 
 
 def _add_batched(sums: _Sums, data: tasks.PassInput) -> _Sums:
@@ -300,7 +319,9 @@ def _add_batched(sums: _Sums, data: tasks.PassInput) -> _Sums:
         losses = loss(params, data.batch)
         return jnp.sum(losses * data.weights) / jnp.maximum(count, 1.0)
 
-    squares = _add_squares(sums.squares, jax.grad(mean_loss)(data.params), 1.0)
+    squares = jax.tree.map(
+        jnp.add, sums.squares, _squares(jax.grad(mean_loss)(data.params))
+    )
     new = _advance(sums, squares, data.weights, items=_items(data))
     return new._replace(terms=sums.terms + 1.0)
 
@@ -371,7 +392,10 @@ def result_shape(
     return shape
 
 
-def _add_squares(total: Any, score: Any, weight: chex.Numeric) -> Any:
-    return jax.tree.map(
-        lambda t, s: t + weight * jnp.square(s.astype(t.dtype)), total, score
-    )
+def _squares(score: Any) -> Any:
+    """Elementwise squares, float32 or wider."""
+
+    def square(s):
+        return jnp.square(s.astype(trees.importance_dtype(s.dtype)))
+
+    return jax.tree.map(square, score)

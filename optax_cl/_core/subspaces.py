@@ -46,6 +46,17 @@ def map_matrices(
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def map_others(views: ViewRule, tree: chex.ArrayTree) -> chex.ArrayTree:
+    """The floating-point leaves without a matrix view; ``MaskedNode`` elsewhere."""
+
+    def one(path, leaf):
+        inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        seen = inexact and views(checks.path_str(path), jnp.shape(leaf)) is None
+        return leaf if seen else optax.MaskedNode()
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def _as_matrix(
     views: ViewRule, path: Any, leaf: chex.Array, basis: chex.Array
 ) -> chex.Array:
