@@ -16,7 +16,7 @@ import optax
 
 import optax_cl
 from experiments.studies import _classic_data as data
-from optax_cl import distillation, isolation, replay
+from optax_cl import distillation, isolation, penalties, replay
 
 KEPT = 40  # stored examples of each past task
 BATCH = 32
@@ -274,6 +274,12 @@ def _methods() -> dict[str, Method]:
                     lane.strength, anchors="latest", accumulate="decay", decay=0.9
                 )
             ),
+            large,
+        ),
+        Method(
+            "Kronecker",
+            "anchor, two factors",
+            _adam(lambda lane: penalties.kronecker_laplace(lane.strength)),
             large,
         ),
         Method(

@@ -224,6 +224,13 @@ _DER = "Buzzega et al, arXiv 2004.07211"
 # What is claimed, by whom, where, and which method is said to end above which.
 _PAIRS = (
     ("EWC forgets less", "Kirkpatrick et al, arXiv 1612.00796", "domain", "EWC", None),
+    (
+        "Kronecker factors are better than a diagonal",
+        "Ritter et al, arXiv 1805.07810",
+        "domain",
+        "Kronecker",
+        "EWC",
+    ),
     ("SI forgets less", "Zenke et al, arXiv 1703.04200", "domain", "SI", None),
     ("MAS forgets less", "Aljundi et al, arXiv 1711.09601", "domain", "MAS", None),
     ("LwF helps where the task is told", _VEN, "task", "LwF", None),
