@@ -249,8 +249,15 @@ def _may_be_average(leaf: Any) -> bool:
     return inexact and jnp.ndim(leaf) > 0
 
 
-def _is_optax_state(node: Any) -> bool:
-    return hasattr(node, "_fields") and type(node).__module__.startswith("optax.")
+def _is_state(node: Any) -> bool:
+    """Whether this is a state of anybody's, and not a NamedTuple of parameters."""
+    named = hasattr(node, "_fields") and type(node).__name__.endswith("State")
+    return named or registered(node) or has_moments(node)
+
+
+def _is_unknown(node: Any) -> bool:
+    known = has_moments(node) or isinstance(node, _WITHOUT_AVERAGES)
+    return _is_state(node) and type(node).__module__.startswith("optax.") and not known
 
 
 def warn_of_unknown_moments(tree: Any, policy: str) -> None:
@@ -259,16 +266,12 @@ def warn_of_unknown_moments(tree: Any, policy: str) -> None:
 
     def visit(state):
         for field in state:
-            for leaf in jax.tree.leaves(field, is_leaf=_is_optax_state):
-                if not _is_optax_state(leaf) and _may_be_average(leaf):
+            for leaf in jax.tree.leaves(field, is_leaf=_is_state):
+                if not _is_state(leaf) and _may_be_average(leaf):
                     found.add(type(state).__name__)
         return state
 
-    def unknown(node):
-        known = has_moments(node) or isinstance(node, _WITHOUT_AVERAGES)
-        return _is_optax_state(node) and not known
-
-    map_states(visit, tree, unknown)
+    map_states(visit, tree, _is_unknown)
     if found:
         names = ", ".join(f"`{name}`" for name in sorted(found))
         checks.warn(

@@ -51,7 +51,7 @@ def test_a_reset_reaches_every_average(name):
 
 @pytest.mark.parametrize("policy", ["reset", "project"])
 def test_averages_that_nothing_names_are_told_of(policy):
-    tx = optax.adan(0.1)
+    tx = optax.masked(optax.adan(0.1), {"w": True})
     if policy == "project":
         tx = optax_cl.protect(1, optax_cl.scale_by_decoupled_adam(), tx)
     params = {"w": np.ones((4, 3), np.float32)}
@@ -66,10 +66,13 @@ def test_wrappers_of_known_averages_are_not_told_of():
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(tx, {"w": True}))
     tx = optax.MultiSteps(optax.apply_if_finite(tx, 3), 2)
     params = {"w": np.ones((4, 3), np.float32)}
+    ours = optax_cl.protect(1, optax_cl.scale_by_decoupled_adam(), optax.sgd(0.1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optax_cl.reset_state(tx.init(params))
         optax_cl.reset_state(jax.vmap(lambda _: tx.init(params))(np.arange(2)))
+        # What a wrapper holds is no average of the wrapper's.
+        optax_cl.reset_state(optax.masked(ours, {"w": True}).init(params))
 
 
 @pytest.mark.parametrize("place", ["modifier", "post"])
