@@ -67,8 +67,9 @@ def test_the_table_of_damage_in_the_docstring_holds(setting, errors):
         return jax.lax.scan(body, (adapters, tx.init(adapters)), length=300)[1]
 
     off = orthonormality(train(adapters))
-    # To a digit: the last of them depends on how sums are ordered.
-    np.testing.assert_allclose(off[[0, 9, 299]], errors, rtol=0.4, atol=1e-6)
+    # A single late step depends on how sums are ordered, the mean of fifty does not.
+    off = [off[0], off[9], off[250:].mean()]
+    np.testing.assert_allclose(off, errors, rtol=0.15, atol=1e-6)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
