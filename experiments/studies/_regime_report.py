@@ -199,12 +199,16 @@ def _regimes_table(one: MapResults, config: Any) -> Table:
     )
 
 
+def _by_size(maps: list[MapResults]) -> list[MapResults]:
+    return sorted(maps, key=lambda one: (one.map.steps, one.map.rank))
+
+
 def _settings_table(maps: list[MapResults]) -> Table:
-    rows = []
+    ordered, rows = _by_size(maps), []
     for name in maps[0].map.arms:
         cells: list[Any] = []
         for which in ("matched", "fixed"):
-            for one in maps:
+            for one in ordered:
                 by_arm = getattr(one, which)
                 if name not in by_arm:
                     cells += [None, None]
@@ -217,7 +221,7 @@ def _settings_table(maps: list[MapResults]) -> Table:
     columns = [
         f"{one.map.steps} x {one.map.rank}, {which}, {kind}"
         for which in ("matched", "fixed")
-        for one in maps
+        for one in ordered
         for kind in ("mean", "worst")
     ]
     return Table(
@@ -269,6 +273,7 @@ def _heat_figure(one: MapResults, which: str) -> Figure:
 
 def _settings_figure(maps: list[MapResults]) -> Figure:
     common = [n for n in maps[-1].map.arms if n != "vanilla"]
+    ordered = _by_size(maps)
     values = np.array(
         [
             [
@@ -277,7 +282,7 @@ def _settings_figure(maps: list[MapResults]) -> Figure:
                 ]
                 if n in one.matched
                 else np.nan
-                for one in maps
+                for one in ordered
             ]
             for n in common
         ]
@@ -287,7 +292,7 @@ def _settings_figure(maps: list[MapResults]) -> Figure:
         axes[0, 0],
         values,
         common,
-        [f"{one.map.steps}\nx {one.map.rank}" for one in maps],
+        [f"{one.map.steps}\nx {one.map.rank}" for one in ordered],
         x="steps a task x rank",
         y="arm",
         colour_label="mean ratio to vanilla",

@@ -363,7 +363,7 @@ def fake_run(config, folder):
 
 
 def test_report_of_all_maps_names_every_arm_and_claim(tmp_path):
-    config = dataclasses.replace(TINY, digit_ranks=(3, 5))
+    config = dataclasses.replace(TINY, digit_ranks=(3, 1))
     fake_run(config, tmp_path)
     summary = regime_map.reporting.summarize(tmp_path, config)
     assert list(summary) == [one.name for one in results.maps(config)]
@@ -379,6 +379,9 @@ def test_report_of_all_maps_names_every_arm_and_claim(tmp_path):
     for one in results.maps(config):
         assert f"{one.name}-matched" in names
     assert {"regression-settings", "digits-settings"} <= names
+    settings = [t for t in content.tables if t.name == "digits-settings"]
+    ranks = [name.split(", ")[0] for name in settings[0].columns[1::2]]
+    assert ranks == 2 * ["3 x 1", "3 x 3"]  # by size, whichever comes first
     text = "".join(map(str, content.tables))
     assert all(name in text for name in results.DIGIT_ARMS)
 
