@@ -291,13 +291,12 @@ def has_modifier(tree: Any) -> bool:
     return any(map(is_modifier, jax.tree.leaves(tree, is_leaf=is_modifier)))
 
 
-def map_moments(function, tree, first_only=False, reset_count=False):
+def map_moments(function, tree, reset_count=False):
     """Applies ``function`` to every registered moment, wherever it stands."""
 
     def visit(state):
         first, other = _MOMENTS[type(state)]
-        fields = first if first_only else first + other
-        new = {f: function(getattr(state, f)) for f in fields}
+        new = {f: function(getattr(state, f)) for f in first + other}
         if reset_count and "count" in state._fields:
             # A map, since the count may be held by a variable, as NNX has it.
             new["count"] = jax.tree.map(jnp.zeros_like, state.count)

@@ -141,7 +141,8 @@ def eblora(
       retraction: ``"newton_schulz"``, ``"polar"``, ``"qr"`` or ``"cayley"``. The first
         two are one map computed in two ways.
       step_multiplier: Kappa, on steps of U and V; may be a tracer.
-      transport: Whether first moments are projected on the new tangent space.
+      transport: Whether first moments are projected on the new tangent space. Second
+        moments rise where a step would else be longer than the longest.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state ``EbloraState``; its update needs
@@ -268,7 +269,7 @@ def eblora(
             new_points = jax.tree.map(jnp.add, points, deltas)
             moved = _spectral.factors_of(updates, new_points, bases)
             carry = functools.partial(_spectral.on_factors, stiefel.transport, moved)
-            inner_state = boundaries.map_moments(carry, inner_state, first_only=True)
+            inner_state = boundaries.project_moments(carry, inner_state)
         updates, master = _emit(deltas, params, points, state.master)
         updates = jax.tree.map(_hold, updates, seen.held)
         return updates, state._replace(

@@ -282,6 +282,32 @@ def test_transported_moments_are_tangent_at_the_new_points():
     assert np.abs(inner + inner.T).max() < 1e-5
 
 
+@pytest.mark.parametrize("transport", [False, True])
+def test_transport_keeps_the_bound_on_steps_of_adam(transport):
+    # The projection puts some of mu on entries whose second moment is next to nothing.
+    targets = chosen(64, 48, 8)
+    tx = lora.eblora(
+        optax.adam(0.02), targets=targets, memory_rank=None, transport=transport
+    )
+    gradient = pull(targets)
+
+    @jax.jit
+    def largest_ratio(adapters):
+        def body(carry, _):
+            params, state = carry
+            updates, state = tx.update(gradient(params), state, params)
+            mu, nu = (optax.tree.get(state, name)[PATH] for name in ("mu", "nu"))
+            ratios = jax.tree.map(lambda m, n: jnp.abs(m) / jnp.sqrt(n), mu, nu)
+            largest = jnp.maximum(ratios.u.max(), ratios.v.max())
+            return (optax.apply_updates(params, updates), state), largest
+
+        return jax.lax.scan(body, (adapters, tx.init(adapters)), length=100)[1].max()
+
+    # By Cauchy-Schwarz, of sums of (1 - b1) b1^k g and of (1 - b2) b2^k g^2.
+    bound = 0.1 / np.sqrt(0.001 * (1 - 0.9**2 / 0.999))
+    assert 1 < largest_ratio(start(targets)) <= bound
+
+
 def test_a_step_that_is_not_finite_leaves_the_factors_where_they_are():
     targets = chosen()
     tx = lora.eblora(optax.sgd(0.1), targets=targets, memory_rank=None)
