@@ -235,12 +235,14 @@ def _moments(tree: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     return found
 
 
-# What the first has accumulated is dropped at every boundary; the others hold numbers,
-# several where states of seeds are stacked.
+# What the first two have accumulated is dropped at every boundary; the others hold
+# numbers, several where states of seeds are stacked.
 _WITHOUT_AVERAGES = (
     optax.MultiStepsState,
+    optax.ApplyEvery,
     optax.InjectHyperparamsState,
     optax.InjectStatefulHyperparamsState,
+    optax.contrib.ReduceLROnPlateauState,
 )
 
 
@@ -252,12 +254,16 @@ def _may_be_average(leaf: Any) -> bool:
 def _is_state(node: Any) -> bool:
     """Whether this is a state of anybody's, and not a NamedTuple of parameters."""
     named = hasattr(node, "_fields") and type(node).__name__.endswith("State")
-    return named or registered(node) or has_moments(node)
+    return named or registered(node) or _is_known(node)
+
+
+def _is_known(node: Any) -> bool:
+    return has_moments(node) or isinstance(node, _WITHOUT_AVERAGES)
 
 
 def _is_unknown(node: Any) -> bool:
-    known = has_moments(node) or isinstance(node, _WITHOUT_AVERAGES)
-    return _is_state(node) and type(node).__module__.startswith("optax.") and not known
+    of_optax = type(node).__module__.startswith("optax.")
+    return of_optax and _is_state(node) and not _is_known(node)
 
 
 def warn_of_unknown_moments(tree: Any, policy: str) -> None:
@@ -336,10 +342,14 @@ def project_moments(function, tree):
 
 
 def drop_accumulated(tree):
-    """Empties what ``optax.MultiSteps`` has accumulated for an unfinished update."""
+    """Empties what Optax's wrappers have accumulated for an unfinished update."""
+    fields = {
+        optax.MultiStepsState: ("mini_step", "acc_grads"),
+        optax.ApplyEvery: ("count", "grad_acc"),
+    }
 
     def drop(state):
-        zero = jax.tree.map(jnp.zeros_like, (state.mini_step, state.acc_grads))
-        return state._replace(mini_step=zero[0], acc_grads=zero[1])
+        zero = {f: getattr(state, f) for f in fields[type(state)]}
+        return state._replace(**jax.tree.map(jnp.zeros_like, zero))
 
-    return map_states(drop, tree, lambda n: isinstance(n, optax.MultiStepsState))
+    return map_states(drop, tree, lambda n: type(n) in fields)

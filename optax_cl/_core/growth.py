@@ -143,13 +143,28 @@ def check_not_traced(method: str, value: chex.Array) -> None:
         )
 
 
-def check_fits(path: str, capacity: int, left_out: chex.Array) -> None:
-    """Raises if columns of the task were left out."""
-    more = int(np.max(left_out))
+def check_fits(
+    method: str, path: str, capacity: int, room: int, left_out: chex.Array
+) -> None:
+    """Raises if columns of the task were left out, or if that can't be known.
+
+    Args:
+      method: What keeps the memory, as it is built.
+      path: Of the leaf.
+      capacity: Columns there are.
+      room: Columns there may be.
+      left_out: How many were left out, int32 ``[*batch]``.
+    """
+    check_not_traced(method, left_out)
+    more = int(np.max(np.asarray(left_out)))
     if more > 0:
+        enlarge = (
+            "Enlarge the state with `optax_cl.grow(opt_state, capacity)`, lower"
+            if capacity < room
+            else f"There is no room for more than {room}: lower"
+        )
         raise ValueError(
             f"the memory of `{path}` has {capacity} columns, and the task needs {more} "
-            "more (`overflow='error'`). Enlarge the state with `optax_cl.grow("
-            "opt_state, capacity)`, lower `threshold`, or build it with "
+            f"more (`overflow='error'`). {enlarge} `threshold`, or build it with "
             "`overflow='strongest'`."
         )

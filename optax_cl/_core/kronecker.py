@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from optax_cl._core import linalg, statistics, subspaces, tasks, trees
 from optax_cl._core.matrices import ViewRule, to_matrix
+from optax_cl._core.orthonormal import unit_scale
 
 
 @functools.cache
@@ -29,8 +30,18 @@ def factor_pass(views: ViewRule, estimator: str) -> tasks.Pass:
 
     Its result is ``{"left": L, "right": R, "diagonal": F, "num_items": []}``: trees
     like the parameters, L and R ``[*batch, n, n]`` where ``views`` sees a matrix and F
-    like the leaf where not; ``MaskedNode`` elsewhere.
+    like the leaf where not; ``MaskedNode`` elsewhere, and at leaves that are hidden
+    from the state, whose ``anchor`` has holes there.
     """
+
+    def visible(state, tree):
+        anchor = trees.align_structure("the anchor", state.anchor, tree)
+        return jax.tree.map(
+            lambda a, x: a if trees.is_hole(a) else x,
+            anchor,
+            tree,
+            is_leaf=trees.is_hole,
+        )
 
     def of_score(score):
         wide = jax.tree.map(lambda g: g.astype(trees.importance_dtype(g.dtype)), score)
@@ -46,15 +57,17 @@ def factor_pass(views: ViewRule, estimator: str) -> tasks.Pass:
         }
 
     def init(state, params):
-        del state
-        shapes = jax.eval_shape(of_score, params)
+        shapes = jax.eval_shape(of_score, visible(state, params))
         return {
             "sum": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
             "num_items": jnp.zeros([], jnp.float32),
         }
 
     def step(acc, data):
-        total, items = statistics.add_scores(estimator, data, of_score, acc["sum"])
+        def of_visible(score):
+            return of_score(visible(data.state, score))
+
+        total, items = statistics.add_scores(estimator, data, of_visible, acc["sum"])
         return {
             "sum": total,
             "num_items": acc["num_items"] + items * data.weights.sum(),
@@ -110,11 +123,11 @@ def nearest_sum(first: Pair, second: Pair) -> Pair:
       second: Likewise.
 
     Returns:
-      Such a pair, R of trace one.
+      Such a pair, R of trace one; the first one where the sum is too large to hold.
     """
     (l0, r0), (l1, r1) = first, second
     (l0, a0), (l1, a1), (r0, b0), (r1, b1) = map(_direction, (l0, l1, r0, r1))
-    # Over the larger of the two, so that powers neither overflow nor underflow.
+    # Over the larger of the two: powers of what is left do not overflow.
     top = jnp.maximum(a0 * b0, a1 * b1)
     w0, w1 = (_over(w, top) for w in (a0 * b0, a1 * b1))
     p = w0**2, w0 * w1 * _inner(l0, l1), w1**2  # P^T P, with columns w L
@@ -124,10 +137,11 @@ def nearest_sum(first: Pair, second: Pair) -> Pair:
     value = (a + d + jnp.sqrt((a - d) ** 2 + 4 * b * c)) / 2
     # Of the two forms of the eigenvector the one that loses no digits.
     x0, x1 = jnp.where(a > d, value - d, b), jnp.where(a > d, c, value - a)
+    x0 = jnp.where((x0 <= 0) & (x1 <= 0), 1, x0)  # a tie: both are as near
     y0, y1 = p[0] * x0 + p[1] * x1, p[1] * x0 + p[2] * x1
     left = top * (x0 * w0 * l0 + x1 * w1 * l1)
     right = _over(y0 * r0 + y1 * r1, x0 * y0 + x1 * y1)
-    return left * trace(right), unit_trace(right)
+    return where_finite((left * trace(right), unit_trace(right)), first)
 
 
 def pi_sum(first: Pair, second: Pair) -> Pair:
@@ -144,20 +158,33 @@ def pi_sum(first: Pair, second: Pair) -> Pair:
       second: As there.
 
     Returns:
-      Such a pair, R of trace one.
+      As there.
     """
     (l0, r0), (l1, r1) = first, second
     none0, none1 = (trace(x) <= 0 for x in (l0, l1))
-    ratio = _over(trace(r0) * trace(l1), trace(r1) * trace(l0))
-    pi = jnp.sqrt(jnp.where(ratio > 0, ratio, 1))
+    root_l0, root_r0, root_l1, root_r1 = (jnp.sqrt(trace(x)) for x in (l0, r0, l1, r1))
+    pi = _over(root_l1, root_l0) * _over(root_r0, root_r1)
+    pi = jnp.where(pi > 0, pi, 1)
     left = jnp.where(none1, l0, jnp.where(none0, l1, l0 + l1 / pi))
     right = jnp.where(none1, r0, jnp.where(none0, r1, r0 + pi * r1))
-    return left * trace(right), unit_trace(right)
+    return where_finite((left * trace(right), unit_trace(right)), first)
+
+
+def where_finite(pair: Pair, otherwise: Pair) -> Pair:
+    """The pair, or the other one where the first has an entry that is not finite."""
+    left, right = (jnp.all(jnp.isfinite(x), axis=(-2, -1), keepdims=True) for x in pair)
+    left, right = (
+        jnp.where(left & right, x, y) for x, y in zip(pair, otherwise, strict=True)
+    )
+    return left, right
 
 
 def _direction(matrix):
+    """A matrix of any scale over its norm, and the norm."""
+    size = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True, initial=0)
+    matrix = unit_scale(matrix)
     norm = jnp.sqrt(_inner(matrix, matrix))
-    return _over(matrix, norm), norm
+    return _over(matrix, norm), size * norm
 
 
 def _inner(a, b):

@@ -110,7 +110,8 @@ def matrix_views(
         ``[in, heads, dim]`` it is ``MatrixView((0,), (1, 2))``.
 
     Returns:
-      A rule for ``protect(..., matrices=...)``.
+      A rule for ``protect(..., matrices=...)``. ``optax.inject_hyperparams`` takes it
+      for a schedule, unless it gets ``static_args=("matrices",)``.
 
     Raises:
       ValueError: For an unknown choice or a pattern that is no regular expression;
@@ -133,6 +134,18 @@ def matrix_views(
     return KernelViews(
         layout, embeddings, stacked, skip, tuple((override or {}).items())
     )
+
+
+def view_rule(matrices: ViewRule | None, *, embeddings: str = "refuse") -> ViewRule:
+    """The rule that was given as ``matrices``, or that of ``matrix_views``."""
+    if matrices is None:
+        return matrix_views(embeddings=embeddings)
+    if not callable(matrices):
+        raise TypeError(
+            "`matrices` must be a rule, `optax_cl.matrix_views(...)` or a function of "
+            f"a leaf's path and shape; got {matrices!r}."
+        )
+    return matrices
 
 
 def tree_views(rule: ViewRule, tree: chex.ArrayTree) -> list[MatrixView | None]:

@@ -19,12 +19,14 @@ def reset_state(
 
     Reached are the averages of this library, and of Optax's momentum, Adam (AdamW,
     NAdam, LAMB), AMSGrad, AdaBelief, Adadelta, Adafactor, Adagrad, Lion, Muon, Novograd
-    and RMSProp. Those of other optimizers (Adan, SM3, most of ``optax.contrib``) stay
-    as they are, with a warning, unless ``optax_cl.boundaries.register_moments`` names
-    them.
+    and RMSProp. Those of Optax's other optimizers (Adan, SM3, most of
+    ``optax.contrib``) stay as they are, with a warning, and so do those of anybody
+    else's, without one, unless ``optax_cl.boundaries.register_moments`` names them.
+    Zero is not where Adagrad (0.1) and Yogi (1e-6) start: their first steps are longer
+    then than a new state's.
 
-    So is what ``optax.MultiSteps`` has accumulated for an unfinished update, but not
-    under a mask, where the other entries of that update go on.
+    So is what ``optax.MultiSteps`` or ``apply_every`` has accumulated for an unfinished
+    update, but not under a mask, where the other entries of that update go on.
 
     Args:
       opt_state: The optimizer state.
@@ -132,7 +134,7 @@ def describe(opt_state: optax.OptState) -> tuple[MemoryDescription, ...]:
         tasks, capacity = boundary.usage(state)
         rows.append(
             MemoryDescription(
-                method=type(state).__name__.removesuffix("State"),
+                method=_method(state),
                 path=path,
                 bytes=_own_bytes(state),
                 # The states of several seeds may be stacked in one.
@@ -143,8 +145,10 @@ def describe(opt_state: optax.OptState) -> tuple[MemoryDescription, ...]:
     return tuple(rows)
 
 
-def grow(opt_state: optax.OptState, capacity: int) -> optax.OptState:
-    """Enlarges the memories that have a fixed capacity for tasks, outside jit.
+def grow(
+    opt_state: optax.OptState, capacity: int, *, path: str | None = None
+) -> optax.OptState:
+    """Enlarges the memories that have a fixed capacity, outside jit.
 
     Shapes change: the next train step compiles anew, and checkpoints of the old
     capacity no longer restore into the new state.
@@ -152,34 +156,48 @@ def grow(opt_state: optax.OptState, capacity: int) -> optax.OptState:
     Args:
       opt_state: The optimizer state.
       capacity: The new number of tasks, or columns, that fit.
+      path: Which memory, by the path that ``describe`` gives it; None means all, which
+        makes sense where all of them count the same, tasks or columns.
 
     Returns:
       The enlarged optimizer state.
 
     Raises:
-      ValueError: If nothing there can grow, a capacity would shrink, or a fan-in has
-        no room for so many columns.
+      ValueError: If nothing there can grow, or not at ``path``; a capacity would
+        shrink, or a fan-in has no room for so many columns.
     """
     checks.check_positive_int("capacity", capacity)
-    grown = False
+    places = [here for here, _ in boundaries.find_with_path(opt_state)]
+    visited, grown = iter(places), []
 
     def enlarge(state):
-        nonlocal grown
+        here = next(visited)
         boundary = boundaries.of(state)
-        if boundary.grow is None:
+        if boundary.grow is None or path not in (None, here):
             return state
         _, old = boundary.usage(state) if boundary.usage else (None, None)
         if old is None:
             return state
         if capacity < old:
-            raise ValueError(f"`capacity` can't shrink: got {capacity}, it is {old}.")
-        grown = True
+            raise ValueError(
+                f"`capacity` can't shrink: got {capacity}, and that of the "
+                f"`{_method(state)}` at `{here}` is {old}. Enlarge a single memory by "
+                "`path=`, as `optax_cl.describe` gives it."
+            )
+        grown.append(here)
         return boundary.grow(state, capacity)
 
     result = boundaries.map_states(enlarge, opt_state)
     if not grown:
-        raise ValueError("`opt_state` holds no memory with a capacity that can grow.")
+        raise ValueError(
+            "`opt_state` holds no memory with a capacity that can grow"
+            + (f" at `path={path!r}`; it has {places}." if path else ".")
+        )
     return result
+
+
+def _method(state: Any) -> str:
+    return type(state).__name__.removesuffix("State")
 
 
 def _own_bytes(state: Any) -> int:

@@ -82,7 +82,7 @@ def off_memory(z: chex.Array, memory: chex.Array | None) -> chex.Array:
 
 def unit_scale(matrix: chex.Array) -> chex.Array:
     """Each matrix divided by its largest entry, which squares then stand; 0 stays 0."""
-    size = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    size = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True, initial=0)
     # In two factors, since compilers divide by multiplying with a reciprocal, and that
     # of a size near the largest float is below the smallest.
     root = jax.lax.rsqrt(jnp.where(size > 0, size, 1))

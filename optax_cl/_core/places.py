@@ -20,7 +20,7 @@ def check_left(taken: chex.Array, capacity: int, instead: str) -> None:
             "the number of stored tasks is not known. Call `collect` and `end_task` "
             f"outside `jit`, or build the method with {instead}."
         )
-    if np.max(taken) >= capacity:
+    if np.max(np.asarray(taken)) >= capacity:
         raise ValueError(
             f"all {capacity} places for tasks are taken (`capacity={capacity}`, "
             "`overflow='error'`). Enlarge the state with `optax_cl.grow(opt_state, "

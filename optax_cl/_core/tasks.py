@@ -171,9 +171,9 @@ def end_task(
     are not are warned of (``UserWarning``).
 
     Call it once a task: every call counts, and one more with the same statistics
-    weighs the task twice. Under ``optax.MultiSteps`` micro-steps of an unfinished
-    update are dropped, whatever the policy: their gradient is the old task's, and would
-    be half of the new task's first update.
+    weighs the task twice. Under ``optax.MultiSteps`` or ``apply_every`` micro-steps of
+    an unfinished update are dropped, whatever the policy: their gradient is the old
+    task's, and would be half of the new task's first update.
 
     Args:
       opt_state: The optimizer state at the end of the task.
@@ -270,8 +270,8 @@ def begin_task(
 
     Call it before the first step of a task, and after any change of the parameters made
     outside the optimizer (a merge, a re-initialisation, pruning): master copies and
-    path starts are taken anew, and what ``optax.MultiSteps`` has accumulated for an
-    unfinished update, at other parameters, is dropped.
+    path starts are taken anew, and what ``optax.MultiSteps`` or ``apply_every`` has
+    accumulated for an unfinished update, at other parameters, is dropped.
 
     Args:
       opt_state: The optimizer state.

@@ -26,6 +26,7 @@ def hashable_ranks(memory_rank: Any, targets: Targets) -> Any:
     if not isinstance(memory_rank, Mapping):
         if memory_rank is not None:
             checks.check_positive_int("memory_rank", memory_rank)
+            memory_rank = int(memory_rank)  # NumPy has integers that are no `int`
         return memory_rank
     if set(memory_rank) != set(targets):
         raise ValueError(
@@ -34,7 +35,7 @@ def hashable_ranks(memory_rank: Any, targets: Targets) -> Any:
         )
     for path, rank in memory_rank.items():
         checks.check_positive_int(f"memory_rank[{path!r}]", rank)
-    return tuple(sorted(memory_rank.items()))
+    return tuple(sorted((path, int(rank)) for path, rank in memory_rank.items()))
 
 
 def columns(targets: Targets, ranks: Ranks, path: str) -> int:
@@ -83,13 +84,20 @@ def empty(
 
 
 def consolidate(
+    method: str,
     memory: _memory.GradientMemory,
     matrices: Mapping[str, chex.Array],
     threshold: chex.Numeric,
-    statistic: str,
-    overflow: str,
+    rules: Any,
 ) -> _memory.GradientMemory:
     """The memory with what it misses of a task's matrices, by path of the kernel.
+
+    Args:
+      method: What keeps the memory, as it is built.
+      memory: As it is.
+      matrices: Of the task, by path.
+      threshold: As in ``grow_memory``.
+      rules: The state's, with ``targets``, ``statistic`` and ``overflow``.
 
     Raises:
       ValueError: Where they don't all fit, with overflow ``"error"``.
@@ -97,10 +105,11 @@ def consolidate(
     bases, counts = [], []
     for path, basis, count in _entries(memory):
         # All statistics but the mean gradient are factors of a sum.
-        floor = 0.0 if statistic == "mean" else growth.rounding(basis)
+        floor = 0.0 if rules.statistic == "mean" else growth.rounding(basis)
         grown = growth.grow(basis, count, matrices[path], threshold, floor)
-        if overflow == "error":
-            growth.check_fits(path, basis.shape[-1], grown.left_out)
+        if rules.overflow == "error":
+            room = _room(rules.targets, path)
+            growth.check_fits(method, path, basis.shape[-1], room, grown.left_out)
         bases.append(grown.memory)
         counts.append(grown.count)
     structure = jax.tree.structure(memory.basis)
@@ -136,5 +145,12 @@ def grow(
         widths = [(0, 0)] * (basis.ndim - 1) + [(0, width - basis.shape[-1])]
         return jnp.pad(basis, widths)
 
+    bases = jax.tree.leaves(memory.basis)
     wider = [pad(path, basis) for path, basis, _ in _entries(memory)]
+    added = [x.shape[-1] - u.shape[-1] for x, u in zip(wider, bases, strict=True)]
+    if not any(added) and all(u.shape[-1] < capacity for u in bases):
+        raise ValueError(
+            f"`capacity` is {capacity}, but no memory has room for more columns beside "
+            "its adapter: all have their fan-in less the adapter's rank."
+        )
     return memory._replace(basis=jax.tree.structure(memory.basis).unflatten(wider))

@@ -120,9 +120,8 @@ def _end_task(state: EbloraState, params: Any, results: dict[str, Any]) -> Eblor
     if not _restricts(state):
         return state
     (gradients,) = results.values()
-    rules = state.rules
     memory = _capacity.consolidate(
-        state.memory, gradients, state.threshold, rules.statistic, rules.overflow
+        "eblora", state.memory, gradients, state.threshold, state.rules
     )
     return state._replace(memory=memory)
 
@@ -142,10 +141,11 @@ def _check(state: EbloraState) -> None:
         growth.check_not_traced("eblora", state.drift)
     if isinstance(state.drift, jax.core.Tracer):
         return
-    if np.max(state.drift) > _DRIFT:
+    drift = np.max(np.asarray(state.drift))
+    if drift > _DRIFT:
         checks.warn(
             "`eblora` found its factors elsewhere than where it had left them, by up "
-            f"to {np.max(state.drift):.2g} (`drift`): they were not orthonormal, or "
+            f"to {drift:.2g} (`drift`): they were not orthonormal, or "
             "not off the memory, when the loss saw them. Put whatever changes updates "
             "after it, a learning rate above all, inside `directions`. After a merge "
             "start new adapters, and call `begin_task`."

@@ -218,9 +218,8 @@ def _end_task(state, params, results):
     if state.memory is None:
         return state
     (matrices,) = results.values()
-    rules = state.rules
     memory = _capacity.consolidate(
-        state.memory, matrices, state.threshold, rules.statistic, rules.overflow
+        "frozen_a", state.memory, matrices, state.threshold, state.rules
     )
     return state._replace(memory=memory)
 

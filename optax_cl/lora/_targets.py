@@ -17,8 +17,8 @@ from optax_cl._core.matrices import (
     ViewRule,
     from_matrix,
     matrix_shape,
-    matrix_views,
     to_matrix,
+    view_rule,
 )
 
 
@@ -99,7 +99,7 @@ def targets(
       <https://arxiv.org/abs/2312.03732>`_, 2023
     """
     checks.check_number("alpha", alpha, low=0.0, open_low=True)
-    matrices = matrix_views() if matrices is None else matrices
+    matrices = view_rule(matrices)
     if not isinstance(ranks, Mapping) or not ranks:
         raise ValueError(
             f"`ranks` must map patterns to ranks, as {{'kernel': 8}}; got {ranks!r}."

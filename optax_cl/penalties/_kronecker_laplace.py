@@ -22,8 +22,8 @@ from optax_cl._core.matrices import (
     ViewRule,
     from_matrix,
     matrix_shape,
-    matrix_views,
     to_matrix,
+    view_rule,
 )
 
 ACCUMULATE = ("nearest", "pi", "separate")
@@ -83,13 +83,16 @@ def kronecker_laplace(
     Directions of inputs that a task never showed are free, whatever the axes: a
     penalty that turns with the inputs, as the diagonal one does not. Leaves that are no
     matrices (biases, scales, embeddings) have the diagonal Fisher, as in ``ewc``.
-    Before the first boundary, and with strength 0, updates pass unchanged.
+    Before the first boundary, and with strength 0, updates pass unchanged if the
+    parameters are finite.
 
     **Over tasks** Fishers add up, and a sum of products is no product:
 
     ``"nearest"``
       The Kronecker product nearest to what is held plus the task's, in the Frobenius
-      norm: exact where two tasks share a factor.
+      norm: exact where two tasks share a factor. Of tasks that have neither inputs nor
+      outputs in common (a head and a set of inputs each) it keeps the strongest alone:
+      take ``"separate"``.
     ``"pi"``
       Factors are added, balanced by their traces; known from other code. It keeps
       cross terms: of two equal tasks it makes four times one, not twice.
@@ -104,11 +107,12 @@ def kronecker_laplace(
     behind the moments, is larger than the largest entry of a diagonal.
 
     **Memory.** ``in² + out²`` numbers a kernel (``"separate"``: for each of
-    ``capacity`` tasks) and a float32 copy of the parameters; leave wide kernels to the
-    diagonal with ``matrices=matrix_views(skip=...)``. **Work per step.** ``2 in out
-    (in + out)`` FLOPs a kernel. **At a boundary** one backward pass an example
-    (``"exact"``: one a class) and twice that product; up to 256 MB of factors of
-    examples at a time, or those of one example.
+    ``capacity`` tasks), a float32 copy of the parameters, and one more of the leaves
+    that are no matrices; leave wide kernels to the diagonal with
+    ``matrices=matrix_views(skip=...)``. **Work per step.** ``2 in out (in + out)``
+    FLOPs a kernel, times ``capacity`` if there is one. **At a boundary** one backward
+    pass an example (``"exact"``: one a class) and as many FLOPs again for the factors;
+    up to 256 MB of factors of examples at a time, or those of one example.
 
     Args:
       strength: Lambda, at least 0: a number, a scalar array or tracer, or a schedule
@@ -192,7 +196,7 @@ def kronecker_laplace(
         )
     checks.check_choice("overflow", overflow, importance.OVERFLOWS)
     checks.check_number("strength", strength, low=0.0, schedule=True)
-    views = matrix_views(embeddings="skip") if matrices is None else matrices
+    views = view_rule(matrices, embeddings="skip")
     rules = KroneckerRules(views, accumulate, capacity, overflow, fisher)
 
     def init_fn(params):
@@ -281,21 +285,27 @@ def kronecker_laplace_loss(
         )
 
     def one(state):
-        at = trees.align_structure("params", params, state.anchor)
+        at = _aligned(params, state)
         away = jax.tree.map(lambda p, a: jnp.asarray(p, a.dtype) - a, at, state.anchor)
         return state.strength / 2 * trees.vdot(away, _pulls(state, at))
 
     return sum(map(one, states), start=jnp.zeros([], jnp.float32))
 
 
+def _aligned(params, state):
+    params = trees.align_structure("params", params, state.anchor)
+    trees.check_fits("params", params, state.anchor)
+    return params
+
+
 def _pulls(state, params):
-    """``L X R``, or F x, at every leaf that has a memory; ``MaskedNode`` elsewhere."""
+    """``L X R``, or F x, at every leaf that has a memory; a hole elsewhere."""
     memory = (state.left, state.right, state.diagonal, state.anchor)
     aligned = [trees.align_structure("the memory", m, params) for m in memory]
 
     def one(path, p, left, right, diagonal, anchor):
         if trees.is_hole(p) or trees.is_hole(anchor):
-            return optax.MaskedNode()
+            return p if trees.is_hole(p) else anchor
         away = jnp.asarray(p, anchor.dtype) - anchor
         if trees.is_hole(left):
             return diagonal * away
@@ -322,13 +332,34 @@ def _passes(state):
 
 def _end_task(state, params, results):
     (found,) = results.values()
-    params = trees.align_structure("params", params, state.anchor)
-    # The pass sees leaves that a mask hides from this state.
-    found = {
+    # The state may have one hole for a subtree, the pass has one for each leaf.
+    trees_found = {
         name: trees.align_structure(name, found[name], getattr(state, name))
         for name in ("left", "right", "diagonal")
-    } | {"num_items": found["num_items"]}
-    return _consolidated(state, params, found)
+    }
+    newest = _newest(state)
+    for name, tree in trees_found.items():
+        checks.check_same_shapes(
+            "statistics", tree, newest[name], "those of the parameters of this state"
+        )
+    found = {**trees_found, "num_items": found["num_items"]}
+    return _consolidated(state, _aligned(params, state), found)
+
+
+def _newest(state):
+    """What one task leaves, as shapes."""
+    bank = state.rules.capacity is not None
+
+    def of_one(tree):
+        return jax.tree.map(lambda x: x[0], tree) if bank else tree
+
+    return jax.eval_shape(
+        lambda: {
+            "left": of_one(state.left),
+            "right": of_one(state.right),
+            "diagonal": state.diagonal,
+        }
+    )
 
 
 @jax.jit  # a boundary is mostly called outside jit, and this is many small operations
@@ -336,14 +367,10 @@ def _consolidated(state, params, found):
     rules = state.rules
     scale = found["num_items"] if rules.fisher.weight_by_count else 1.0
 
-    # What is not finite protects nothing, rather than spoil all later steps.
-    def finite(x):
-        return jnp.all(jnp.isfinite(x), axis=(-2, -1), keepdims=True)
-
     def join(old_left, old_right, left, right):
-        good = finite(left) & finite(right)
-        left, right = (jnp.where(good, x, 0) for x in (scale * left, right))
-        old, new = (old_left, old_right), (left, right)
+        old, new = (old_left, old_right), (scale * left, right)
+        # What is not finite protects nothing, rather than spoil all later steps.
+        new = kronecker.where_finite(new, jax.tree.map(jnp.zeros_like, new))
         if rules.accumulate == "separate":
             return _stored(state.stored, old, new, rules)
         merge = kronecker.pi_sum if rules.accumulate == "pi" else kronecker.nearest_sum

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optax_cl._core import checks, growth, subspaces, tasks, trees
-from optax_cl._core.matrices import ViewRule, matrix_shape, matrix_views, tree_views
+from optax_cl._core.matrices import ViewRule, matrix_shape, tree_views, view_rule
 from optax_cl.routing import _capture, _subspace
 
 
@@ -194,7 +194,7 @@ def protect(
     _capture.check_links(links)
     settings = ProtectSettings(
         rank=rank,
-        views=matrix_views() if matrices is None else matrices,
+        views=view_rule(matrices),
         statistic=statistic,
         memory=memory,
         svd=svd,
@@ -384,8 +384,10 @@ def _passes(state: ProtectState) -> tuple[tasks.Pass, ...]:
 def _end_task(state, params, results):
     if state.settings.overflow == "error":
         left_out = jax.tree_util.tree_leaves_with_path(results["basis"]["left_out"])
-        for path, columns in left_out:
-            growth.check_fits(checks.path_str(path), state.settings.rank, columns)
+        bases = jax.tree.leaves(state.basis)
+        for (path, columns), u in zip(left_out, bases, strict=True):
+            name, (fan_in, rank) = checks.path_str(path), u.shape[-2:]
+            growth.check_fits("protect", name, rank, fan_in, columns)
     params = trees.align_structure("params", params, state.basis)
     own, scale = state._replace(inner=()), _scale(state.inner)
     return _consolidated(scale, own, params, results)._replace(inner=state.inner)

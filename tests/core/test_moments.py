@@ -64,6 +64,7 @@ def test_averages_that_nothing_names_are_told_of(policy):
 def test_wrappers_of_known_averages_are_not_told_of():
     tx = optax.inject_hyperparams(optax.adamw)(0.1)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(tx, {"w": True}))
+    tx = optax.chain(tx, optax.apply_every(2), optax.contrib.reduce_on_plateau())
     tx = optax.MultiSteps(optax.apply_if_finite(tx, 3), 2)
     params = {"w": np.ones((4, 3), np.float32)}
     ours = optax_cl.protect(1, optax_cl.scale_by_decoupled_adam(), optax.sgd(0.1))
@@ -115,3 +116,16 @@ def test_an_optimizer_whose_second_moment_is_a_sum_is_no_modifier():
     tx = optax_cl.decoupled_adamw(0.1, modifiers=[optax.adagrad(0.1)])
     with pytest.raises(ValueError, match=r"`modifiers\[0\]` holds a second moment"):
         tx.init(np.ones(3, np.float32))
+
+
+def test_what_apply_every_gathered_is_dropped_at_the_boundary():
+    tx = optax.chain(optax.sgd(1.0), optax.apply_every(2))
+    params = {"w": np.zeros(2, np.float32)}
+    state = tx.init(params)
+    _, state = tx.update({"w": np.full(2, 100, np.float32)}, state, params)
+    state = optax_cl.end_task(state, params, optax_cl.Statistics(np.ones([]), {}))
+    given = []
+    for _ in range(2):
+        updates, state = tx.update({"w": np.ones(2, np.float32)}, state, params)
+        given.append(float(updates["w"][0]))
+    assert given == [0, -2]

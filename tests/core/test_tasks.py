@@ -380,9 +380,26 @@ def test_grow_enlarges_and_refuses_to_shrink():
     params = make_params()
     state = optax_cl.chain(summing()).init(params)
     assert optax_cl.grow(state, 7)[0].bank.shape == (7,)
-    with pytest.raises(ValueError, match="can't shrink: got 2, it is 3"):
+    with pytest.raises(ValueError, match=r"can't shrink: got 2.* is 3"):
         optax_cl.grow(state, 2)
     with pytest.raises(ValueError, match="no memory"):
         optax_cl.grow(optax.adam(0.1).init(params), 7)
     with pytest.raises(TypeError, match="`capacity`"):
         optax_cl.grow(state, 7.0)
+
+
+def test_a_single_memory_of_several_can_grow():
+    params = make_params()
+    tx = optax_cl.chain(
+        summing(), optax_cl.protect(2, optax_cl.project(), memory="grow", **OWNER)
+    )
+    state = tx.init(params)
+    first, second = optax_cl.describe(state)
+    with pytest.raises(ValueError, match=r"`Sum` at `\[0\]` is 3.*`path=`"):
+        optax_cl.grow(state, 2)
+    grown = optax_cl.describe(optax_cl.grow(state, 9, path=first.path))
+    assert [row.capacity for row in grown] == [9, second.capacity]
+    grown = optax_cl.describe(optax_cl.grow(state, 3, path=second.path))
+    assert [row.capacity for row in grown] == [first.capacity, 3]
+    with pytest.raises(ValueError, match=r"can grow at `path='\[7\]'`; it has"):
+        optax_cl.grow(state, 9, path="[7]")

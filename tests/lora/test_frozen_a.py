@@ -225,6 +225,11 @@ def test_a_full_memory_keeps_the_strongest_or_raises():
     grown = optax_cl.grow(full, 100)
     assert lora.memory(grown)["kernel"].shape == (IN, IN - R)
     assert used(lora.memory(boundary(grown, start(), [data]))["kernel"]) == IN - R
+    with pytest.raises(ValueError, match=r"`capacity` is 100.*no memory has room"):
+        optax_cl.grow(grown, 100)
+    widest = frozen(statistic="inputs", memory_rank=np.int64(IN), overflow="error")
+    with pytest.raises(ValueError, match=f"no room for more than {IN - R}: lower"):
+        boundary(widest.init(start()), start(), [data])
 
 
 def test_tasks_of_one_subspace_add_no_column_of_rounding():

@@ -197,7 +197,7 @@ def best_product(*pairs):
     return np.kron(s[0] * u[:, 0].reshape(n, n), vt[0].reshape(m, m))
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e12, 1e25])
 @pytest.mark.parametrize("weight", [1e-6, 0.7, 1.0, 30.0])
 def test_the_sum_is_the_nearest_product(scale, weight):
     rng = np.random.default_rng(0)
@@ -227,6 +227,27 @@ def test_equal_tasks_count_twice_by_the_nearest_product_and_four_times_by_pi():
     for add, times in ((kronecker.nearest_sum, 2), (kronecker.pi_sum, 4)):
         found = np.kron(*add((a, b), (a, b)))
         np.testing.assert_allclose(found, times * np.kron(a, b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("add", [kronecker.nearest_sum, kronecker.pi_sum])
+def test_a_sum_too_large_to_hold_leaves_what_was_there(add):
+    big = np.float32(3e38) * np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32)
+    for found, kept in zip(add(big, big), big, strict=True):
+        np.testing.assert_allclose(found, kept, rtol=1e-6)
+    tiny = 1e-20 * np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32) / 2
+    huge = 1e20 * np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32) / 2
+    for first, second in ((tiny, huge), (huge, tiny)):
+        left, right = add(first, second)
+        np.testing.assert_allclose(left, huge[0], rtol=1e-5)
+        np.testing.assert_allclose(right, huge[1], rtol=1e-5)
+
+
+def test_of_two_tasks_of_one_weight_and_nothing_in_common_one_is_kept():
+    first = np.diag(np.float32([1, 0, 0])), np.diag(np.float32([0.5, 0.5, 0, 0]))
+    second = np.diag(np.float32([0, 0, 1])), np.diag(np.float32([0, 0, 0.5, 0.5]))
+    found = np.kron(*kronecker.nearest_sum(first, second))
+    kept = [np.abs(found - np.kron(*pair)).max() for pair in (first, second)]
+    assert min(kept) < 1e-6
 
 
 def test_pi_is_the_published_balance():
@@ -282,6 +303,21 @@ def test_a_full_bank_raises_and_grows():
     (row,) = optax_cl.describe(grown)
     assert (row.tasks, row.capacity) == (2, 2)
     np.testing.assert_array_equal(grown.left[0], grown.left[1])
+
+
+def test_a_full_bank_is_told_of_inside_jit_too():
+    w, batches = normal(0, IN, OUT), make_batches(0, 4)
+    state = kronecker_laplace(1.0, accumulate="separate", capacity=1).init(w)
+    found = optax_cl.collect(state, w, batches, task=LINEAR, key=KEY)
+
+    # The state is known there, and its count can be checked.
+    @jax.jit
+    def end(params):
+        return optax_cl.end_task(state, params, found)
+
+    state = end(w)
+    with pytest.raises(ValueError, match="all 1 places"):
+        jax.jit(lambda params: optax_cl.end_task(state, params, found))(w)
 
 
 def test_a_full_bank_merges_its_two_oldest_tasks():
@@ -402,6 +438,68 @@ def test_leaves_hidden_by_a_mask_are_left_alone():
     assert not found["second"].any() and not found["bias"].any()
     expected = pull_at(kronecker_laplace(1.0), there, whole)["first"]
     np.testing.assert_allclose(found["first"], expected, rtol=1e-5)
+
+
+def test_what_another_method_reads_of_a_leaf_it_is_hidden_from_is_left_alone():
+    # `other` has three axes: which of them are the fan-in, nobody said.
+    params = {"w": normal(0, IN, OUT), "other": {"odd": normal(1, 2, 3, OUT)}}
+    hidden = {"w": True, "other": False}
+    tx = optax.chain(optax_cl.ewc(1.0), optax.masked(kronecker_laplace(1.0), hidden))
+
+    def logits(p, batch):
+        return batch["x"] @ p["w"] + p["other"]["odd"].sum((0, 1))[None]
+
+    task = optax_cl.classification(logits, lambda b: b["y"])
+    state = boundary(tx.init(params), params, make_batches(3, 6), task)
+    memory = state[1].inner_state
+    assert np.trace(memory.left["w"]) > 0
+    assert jax.tree.leaves(memory.left["other"]) == []
+    pulled = pull_at(tx, jax.tree.map(lambda x: x + 1, params), state)
+    assert np.all(np.isfinite(pulled["w"]))
+
+
+def test_a_task_that_is_not_finite_changes_no_diagonal():
+    params = make_params()
+    tx = kronecker_laplace(1.0)
+    state = boundary(tx.init(params), params, make_batches(0, 4))
+    bad = [{**batch, "x": batch["x"] * np.nan} for batch in make_batches(1, 4)]
+    with pytest.warns(UserWarning, match="not finite"):
+        found = boundary(state, params, bad)
+    np.testing.assert_array_equal(found.diagonal["bias"], state.diagonal["bias"])
+
+
+def test_a_schedule_counts_steps_from_zero():
+    w = normal(0, IN, OUT)
+    tx = kronecker_laplace(lambda count: count)
+    state = boundary(tx.init(w), w, make_batches(0, 4), LINEAR)
+    zeros, away = jnp.zeros_like(w), w + 1
+    first, state = tx.update(zeros, state, away)
+    np.testing.assert_array_equal(first, zeros)
+    assert (state.strength, state.count) == (1, 1)
+    second, state = tx.update(zeros, state, away)
+    third, state = tx.update(zeros, state, away)
+    assert np.abs(second).max() > 0
+    np.testing.assert_allclose(third, 2 * second, rtol=1e-6)
+
+
+def test_parameters_of_other_shapes_are_named():
+    w, batches = {"w": normal(0, IN, OUT)}, make_batches(0, 4)
+    task = optax_cl.classification(lambda p, b: b["x"] @ p["w"], lambda b: b["y"])
+    state = kronecker_laplace(1.0).init(w)
+    found = optax_cl.collect(state, w, batches, task=task, key=KEY)
+    for shape in ((OUT,), (2, IN, OUT), (OUT, IN)):
+        wrong = {"w": np.ones(shape, np.float32)}
+        with pytest.raises(ValueError, match=r"`params`.*at `w` got"):
+            optax_cl.end_task(state, wrong, found)
+        with pytest.raises(ValueError, match=r"`params`.*at `w` got"):
+            penalties.kronecker_laplace_loss(state, wrong)
+    smaller = {"w": normal(0, IN, OUT - 1)}
+    with pytest.raises(ValueError, match=r"`statistics`.*at `w` got"):
+        optax_cl.end_task(kronecker_laplace(1.0).init(smaller), smaller, found)
+    hole = {**w, "none": None}
+    assert (
+        penalties.kronecker_laplace_loss(kronecker_laplace(1.0).init(hole), hole) == 0
+    )
 
 
 def test_mistakes_are_named():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import optax_cl
+from optax_cl._core import growth
 from tests.routing.helpers import (
     IN,
     boundary,
@@ -46,6 +47,23 @@ def test_what_does_not_fit_is_refused_if_asked_with_what_to_do():
     )
     with pytest.raises(ValueError, match=r"inside a transformed.*build `protect`"):
         jax.jit(lambda s: learn(s, 2))(state)
+    statistics = optax_cl.collect(
+        state, make_params(), make_batches(2, (6,)), task=TASK, key=jax.random.key(0)
+    )
+    with pytest.raises(ValueError, match=r"inside a transformed.*build `protect`"):
+        jax.jit(lambda s: optax_cl.end_task(state, make_params(), s))(statistics)
+
+
+def test_where_a_basis_is_as_wide_as_it_can_be_growth_is_not_advised():
+    with pytest.raises(ValueError, match="no room for more than 1: lower `threshold`"):
+        growth.check_fits("protect", "w", 1, 1, np.int32([0, 2]))
+    with pytest.raises(ValueError, match=r"needs 2 more.*optax_cl\.grow"):
+        growth.check_fits("protect", "w", 1, 2, np.int32([0, 2]))
+
+
+def test_a_rule_for_matrices_is_something_to_call():
+    with pytest.raises(TypeError, match=r"`matrices` must be a rule.*got 'kernel'"):
+        optax_cl.protect(3, optax_cl.project(), matrices="kernel")
 
 
 def test_nothing_else_than_growth_can_be_refused():
