@@ -110,7 +110,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 def check_pattern(name: str, pattern: Any) -> None:
     """Raises unless ``pattern`` is a regular expression."""
     try:
-        re.compile(pattern)
+        re.search(pattern, "a/path")  # of bytes it can be compiled, and finds nothing
     except (re.error, TypeError) as error:
         raise ValueError(
             f"`{name}` must be a regular expression; got {pattern!r} ({error})."

@@ -230,7 +230,8 @@ def sum_without_conflicts(
 
     References that are not valid, and those that give no direction (see
     ``project_conflicts``), take no part; nothing is added to a ``g`` that is not
-    finite.
+    finite or too large to square, and what conflicts with one too small to square
+    stays.
 
     Args:
       g: Tree of real floating-point arrays (see ``check_floating``).

@@ -14,9 +14,9 @@ from optax_cl._core import boundaries, checks, tasks, trees
 from optax_cl._core.matrices import (
     ViewRule,
     from_matrix,
-    matrix_views,
     to_matrix,
     tree_views,
+    view_rule,
 )
 
 _MOST_TASKS = 255  # what an owner of eight bits can name
@@ -60,10 +60,11 @@ def packnet(
         opt_state = optax_cl.end_task(opt_state, params, statistics)
 
     **What holds.** ``packnet_params(opt_state, params, task)``, what a task's inputs
-    are to be computed with, never changes after the task, to the bit. Owners partition
-    the weights, and free ones are zero. Biases, scales and all that is no matrix belong
-    to the first task and are fixed after it. What is no parameter is not seen: keep
-    batch statistics for each task, or fix them after the first.
+    are to be computed with, never changes after the task, to the bit (but for the sign
+    of a zero). Owners partition the weights, and free ones are zero. Biases, scales and
+    all that is no matrix belong to the first task and are fixed after it. What is no
+    parameter is not seen: keep batch statistics for each task, or fix them after the
+    first.
 
     **Placement.** Last: whatever comes behind it moves weights of other tasks, weight
     decay and momentum included. (A mask on gradients, before them, would not do.)
@@ -116,9 +117,9 @@ def packnet(
     Differs from the authors' code:
       1. It masks the update, not the gradient, so that weight decay and momentum need
          not be zero.
-      2. It prunes exactly the share that was asked for, ties included.
+      2. It prunes exactly the number of weights that was asked for, ties included.
     """
-    rules = PacknetRules(matrix_views() if matrices is None else matrices)
+    rules = PacknetRules(view_rule(matrices))
 
     def init_fn(params):
         tree_views(rules.matrices, params)  # refuses what it can't tell
@@ -151,6 +152,9 @@ def packnet_prune(
 
     Of the n weights that the task owns in a kernel, the ``round(fraction * n)`` of
     smallest :math:`|w|` become zero and free. Pure; jittable, ``fraction`` traced.
+    That number is Python's where ``fraction`` and n are known. Inside ``jit``, and for
+    an array, the product is taken in float32: one that ends in about a half may be
+    rounded the other way, and of more than 2^24 weights it may be off by a few.
 
     Args:
       opt_state: Any optimizer state with a ``PacknetState``, at any depth.
@@ -179,9 +183,8 @@ def packnet_prune(
         # order, so that the count is exact, ties or not.
         keys = [x.reshape(*x.shape[:-2], -1) for x in (size, ~mine)]
         rank = jnp.argsort(jnp.lexsort(keys, axis=-1), axis=-1).reshape(size.shape)
-        count = jnp.sum(mine, axis=(-2, -1), keepdims=True)
-        share = jnp.round(jnp.asarray(fraction, jnp.float32) * count)
-        freed = from_matrix(mine & (rank < share.astype(jnp.int32)), view, p.shape)
+        share = _share(fraction, jnp.sum(mine, axis=(-2, -1), keepdims=True))
+        freed = from_matrix(mine & (rank < share), view, p.shape)
         return jnp.where(freed, jnp.uint8(0), owner)
 
     owner = jax.tree_util.tree_map_with_path(prune, state.owner, params_seen)
@@ -200,23 +203,42 @@ def packnet_params(
     Args:
       opt_state: Any optimizer state with a ``PacknetState``, at any depth.
       params: The parameters, at that task or any later one.
-      task: From 1, in the order of training; may be traced, for a task id inside jit.
+      task: From 1 to 255, in the order of training; may be traced, for a task id
+        inside jit, where no number is refused: from one past the last on all weights
+        that have an owner are read, and below 1 none.
 
     Returns:
       The parameters with the weights of later tasks, and free ones, zero.
 
     Raises:
-      ValueError: If there is no ``PacknetState`` or more than one, for a task below 1,
-        or parameters that do not fit.
+      ValueError: If there is no ``PacknetState`` or more than one, for a task out of
+        range, or parameters that do not fit.
+      TypeError: For a task that is no integer.
     """
-    checks.check_number("task", task, low=1)
+    checks.check_number("task", task, low=1, high=_MOST_TASKS)
+    if not jnp.issubdtype(jnp.result_type(task), jnp.integer):
+        raise TypeError(f"`task` must be an integer, from 1; got {task!r}.")
     state = _find(opt_state)
     trees.check_fits("params", params, state.owner)
+    # Beside eight bits a Python integer would become one of eight bits.
+    task = jnp.asarray(task, jnp.int32)
 
     def of_task(p, owner):
         return jnp.where((owner > 0) & (owner <= task), p, jnp.zeros_like(p))
 
     return _map(of_task, params, state.owner)
+
+
+def _share(fraction, count):
+    """``round(fraction * count)``, int32, as exactly as what is known allows."""
+    known = checks.is_concrete_number(fraction) and not isinstance(
+        count, jax.core.Tracer
+    )
+    if known and count.is_fully_addressable:  # not one of several processes
+        share = np.round(float(fraction) * np.asarray(count))
+    else:
+        share = jnp.round(jnp.asarray(fraction, jnp.float32) * count)
+    return share.astype(jnp.int32)
 
 
 def _zero_where_free(p, owner):
@@ -277,7 +299,7 @@ def _end_task(state, params, results):
 def _check(state):
     if isinstance(state.task, jax.core.Tracer):
         return
-    if np.max(state.task) >= _MOST_TASKS:
+    if np.max(np.asarray(state.task)) >= _MOST_TASKS:  # inside jit, too
         raise ValueError(
             f"`packnet` can tell {_MOST_TASKS} tasks apart, and this is the last: it "
             "can be used, but not ended."

@@ -47,8 +47,12 @@ def progressive(
 
         logits = model(x).reshape(len(x), columns, -1)[:, task - 1]
 
-    **What holds.** From the first update on, the outputs of a column never change once
-    its task has ended, to the bit, as long as the units of later columns are finite.
+    **What holds.** Once the blocks that must be zero are so, the outputs of a column
+    never change after its task has ended, to the bit, as long as the units of later
+    columns are finite. The first update sets these blocks to zero, if it is of the
+    parameters' dtype and they are finite: bfloat16 updates take float32 parameters
+    there in three steps at most, float16 ones may never (the smallest are out of their
+    range), and what is infinite becomes NaN and stays so.
     For that, units of different columns may meet in kernels only: a norm must take each
     column by itself (``GroupNorm`` with as many groups as columns), and attention each
     column's heads. Flattening an image mixes them; the page on isolation has the way
@@ -75,8 +79,8 @@ def progressive(
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state ``ProgressiveState``. Its
-      ``update`` needs ``params``: what a later column would feed into an earlier one is
-      set to zero by the first update.
+      ``update`` needs ``params``, to set to zero what a later column would feed into
+      an earlier one.
 
     Raises:
       TypeError: For ``columns`` that is no integer; at ``init`` for complex parameters.
@@ -203,13 +207,16 @@ def _check_divides(columns: int, axes: Axes, path: str, shape: tuple) -> None:
 
 
 def _checked(axes: Any, path: str, shape: tuple) -> Axes:
+    def is_axis(a):
+        whole = isinstance(a, int | np.integer) and not isinstance(a, bool)
+        return whole and 0 <= a < len(shape)
+
     match axes:
         case (None, None):
             return axes
         # What reads single columns and feeds all would let old ones change.
-        case (None | int() as fan_in, int() as fan_out):
-            used = [fan_out] if fan_in is None else [fan_in, fan_out]
-            if fan_in != fan_out and all(0 <= a < len(shape) for a in used):
+        case (fan_in, fan_out) if is_axis(fan_out) and fan_in != fan_out:
+            if fan_in is None or is_axis(fan_in):
                 return fan_in, fan_out
     raise ValueError(
         f"`axes` gives the leaf `{path}` of shape {shape} {axes!r}; expected two "
@@ -223,13 +230,13 @@ def _checked(axes: Any, path: str, shape: tuple) -> Axes:
 
 def _end_task(state, params, results):
     del params, results
-    if not isinstance(state.task, jax.core.Tracer) and np.any(
-        state.task >= state.columns
-    ):
+    known = not isinstance(state.task, jax.core.Tracer)
+    # Read into NumPy: inside jit an operation on the arrays would be traced.
+    if known and np.any(np.asarray(state.task) >= np.asarray(state.columns)):
         checks.warn(
-            f"`progressive` has {np.max(state.columns)} columns, and a task has "
-            "trained the last; another would learn nothing. If this was the last task, "
-            "all is well; else begin with more columns."
+            f"`progressive` has {np.max(np.asarray(state.columns))} columns, and a "
+            "task has trained the last; another would learn nothing. If this was the "
+            "last task, all is well; else begin with more columns."
         )
     return state._replace(task=jnp.minimum(state.task, _MOST_COLUMNS) + jnp.uint8(1))
 
@@ -238,6 +245,10 @@ tasks.register_boundary(
     ProgressiveState,
     tasks.Boundary(
         end_task=_end_task,
-        usage=lambda state: (state.task - 1, int(np.max(state.columns))),
+        # There may be more tasks than columns, which learnt nothing.
+        usage=lambda state: (
+            np.minimum(np.asarray(state.task) - 1, np.asarray(state.columns)),
+            int(np.max(np.asarray(state.columns))),
+        ),
     ),
 )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_cl._core import boundaries, checks, surgery
@@ -17,7 +18,7 @@ class PcgradState(NamedTuple):
 
 
 def pcgrad(
-    *, reduce: str = "sum", seed: int = 0
+    *, reduce: str = "sum", seed: chex.Numeric = 0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the gradients of past tasks, and takes off what conflicts, pair by pair.
 
@@ -37,7 +38,10 @@ def pcgrad(
     The update takes the keyword-only extra arguments ``memory_updates`` and
     ``memory_mask`` of ``gem``, under the same rules: compute them anew at each step,
     and leave the current task out of the mask. A memory whose gradient is zero, not
-    finite, or too small or too large to square takes no part.
+    finite, or too small or too large to square (lengths of about 1e-17 and 1e19) takes
+    no part. A current gradient that is not finite, or too large to square, comes back
+    as it was, without the memories; one too small to square is added to theirs, and
+    its conflicts with them stay.
 
     **Placement.** ``pre``, before the moments: what comes out is a gradient. In
     ``optax_cl.chain`` the raw gradient is that of the current batch alone; the default
@@ -55,14 +59,14 @@ def pcgrad(
 
     Args:
       reduce: ``"sum"`` over the gradients, or their ``"mean"``.
-      seed: For the orders.
+      seed: For the orders: an integer of 64 bits, or a traced one.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state ``PcgradState``.
 
     Raises:
-      ValueError: At build time for an unknown ``reduce``; at update for missing or
-        mismatched ``memory_updates`` or ``memory_mask``.
+      ValueError: At build time for an unknown ``reduce`` or a ``seed`` out of range; at
+        update for missing or mismatched ``memory_updates`` or ``memory_mask``.
       TypeError: For a ``seed`` that is no integer; if ``memory_mask`` is not boolean,
         or a leaf is not a real floating-point array.
 
@@ -84,8 +88,7 @@ def pcgrad(
     as the paper says; the code shuffles and does not use what it shuffled.
     """
     checks.check_choice("reduce", reduce, ("sum", "mean"))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"`seed` must be an integer; got {seed!r}.")
+    _check_seed(seed)
 
     def init_fn(params):
         del params
@@ -111,6 +114,16 @@ def pcgrad(
         return routed, PcgradState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_seed(seed):
+    is_array = isinstance(seed, jax.Array | np.ndarray)
+    if is_array and seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer):
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"`seed` must be an integer; got {seed!r}.")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"`seed` must be from -2**63 to 2**63 - 1; got {seed}.")
 
 
 boundaries.register_modifier(PcgradState)

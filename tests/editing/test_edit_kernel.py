@@ -24,11 +24,14 @@ def problem(seed=0, n=1):
     return tuple(np.float32(a) for a in arrays)
 
 
-def in_float64(w, k, v, c, damping=0.0):
+def in_float64(w, k, v, c, damping=0.0, ridge=0.0):
     w, k, v, c = (np.float64(a) for a in (w, k, v, c))
+    c = c + ridge * np.trace(c) / len(c) * np.eye(len(c))
     inverse = np.linalg.inv(c)
     middle = damping * np.eye(len(k)) + k @ inverse @ k.T
-    return w + inverse @ k.T @ np.linalg.solve(middle, v - k @ w)
+    size = np.sqrt(np.diag(middle))[:, None]  # or short keys are lost in float64, too
+    answer = np.linalg.solve(middle / size / size.T, (v - k @ w) / size) / size
+    return w + inverse @ k.T @ answer
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -37,6 +40,22 @@ def test_edits_against_the_closed_form_in_float64(n, damping):
     arrays = problem(1, n)
     found = edit_kernel(*arrays, damping=damping, ridge=0.0)
     np.testing.assert_allclose(found, in_float64(*arrays, damping), atol=1e-4)
+
+
+def test_the_ridge_is_a_share_of_the_mean_diagonal():
+    w, k, v, c = problem(21, 2)
+    found = edit_kernel(w, k, v, c, ridge=0.1)
+    np.testing.assert_allclose(found, in_float64(w, k, v, c, ridge=0.1), atol=1e-4)
+
+
+@pytest.mark.parametrize("damping", [0.0, 2.0])
+@pytest.mark.parametrize("scale", [1e-35, 1e-20, 1e20, 1e37])
+def test_the_scale_of_the_second_moment_is_known_to_damping_alone(scale, damping):
+    w, k, v, c = problem(22, 2)
+    expected = edit_kernel(w, k, v, c, damping=damping)
+    scaled, factor = c / np.abs(c).max() * scale, float(np.abs(c).max()) / scale
+    found = edit_kernel(w, k, v, np.float32(scaled), damping=damping * factor)
+    assert distance(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -121,6 +140,35 @@ def test_keys_that_are_nearly_one_are_answered_each_with_its_value():
     np.testing.assert_allclose(k @ np.asarray(edited), v, atol=1e-3)
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-14, 2.0])
+def test_keys_of_any_length_are_answered(damping):
+    w, k, v, c = problem(21, 3)
+    scale = np.float32([1, 1e-8, 1e8])[:, None]
+    k, v = k * scale, v * scale  # one is not to ask for more than the others
+    edited = edit_kernel(w, k, v, c, damping=damping)
+    expected = in_float64(w, k, v, c, damping, 1e-5)
+    np.testing.assert_allclose(edited, expected, atol=1e-3)
+    if not damping:
+        answers = np.float64(k) @ np.float64(edited)
+        np.testing.assert_allclose(answers / scale, v / scale, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+def test_units_of_keys_and_values_do_not_matter(scale):
+    w, k, v, c = problem(22, 2)
+    edited = edit_kernel(w, k * np.float32(scale), v * np.float32(scale), c)
+    np.testing.assert_allclose(edited, edit_kernel(w, k, v, c), atol=1e-4)
+
+
+def test_more_keys_than_inputs_are_answered_in_the_least_squares_of_their_costs():
+    w, k, v, c = problem(24, 2 * IN)
+    # What it costs to answer one key alone with another by one.
+    cost = 1 / np.sum(k.T * np.linalg.solve(np.float64(c), k.T), axis=0)
+    weight = np.sqrt(cost)[:, None]
+    expected = np.linalg.lstsq(weight * k, weight * v, rcond=None)[0]
+    np.testing.assert_allclose(edit_kernel(w, k, v, c, ridge=0), expected, atol=1e-3)
+
+
 def test_no_facts_change_nothing():
     w, k, v, c = problem(16)
     assert distance(edit_kernel(w, k[:0], v[:0], c), w) == 0
@@ -175,16 +223,28 @@ def test_mistakes_are_named():
         ((w, k, v, c[:3]), ValueError, r"`covariance` must be of shape \(8, 8\)"),
         ((w, np.int32(k), v, c), TypeError, "`keys` must be real and floating"),
         ((w, k, v, nan), ValueError, "`covariance` must be finite"),
+        ((w + np.inf, k, v, c), ValueError, "`kernel` must be finite"),
+        ((w, np.nan * k, v, c), ValueError, "`keys` must be finite"),
+        ((w, k, np.nan * v, c), ValueError, "`values` must be finite"),
+        ((w, 1e300 * np.float64(k), v, c), ValueError, "`keys` must be finite in f"),
+        ((w, k, v.tolist(), c), TypeError, "`values` must be an array; got list"),
+        ((w, k, v, None), TypeError, "`covariance` must be an array; got NoneType"),
         ((w, k, v, np.triu(c)), ValueError, "`covariance` must be symmetric"),
         ((w, k, v, -c), ValueError, "positive semi-definite"),
         ((w, k, v, 0 * c), ValueError, "and not zero"),
         ((w, zero, nothing, c), ValueError, "`keys` has zeros in row 1"),
+        ((w, np.float32(1e-37) * k, v, c), ValueError, "zeros in row 0.* too small"),
+        ((w, 1e-20 * k, 1e20 * v, c), ValueError, "would not be finite in float32"),
+        ((jnp.float16(w), k, 1e6 * v, c), ValueError, "not be finite in float16"),
         ((w, k[0], v[0], c), ValueError, r"`keys` must be .*\(8,\).*`keys\[None\]`"),
     ):
         with pytest.raises(error, match=message):
             edit_kernel(*arguments)
-    with pytest.raises(ValueError, match="`damping`"):
-        edit_kernel(w, k, v, c, damping=-1.0)
+    for wrong in (-1.0, jnp.float32(-1.0), jnp.float32(np.nan)):
+        with pytest.raises(ValueError, match="`damping` must be a finite number"):
+            edit_kernel(w, k, v, c, damping=wrong)
+        with pytest.raises(ValueError, match="`ridge` must be a finite number"):
+            edit_kernel(w, k, v, c, ridge=wrong)
 
 
 def test_a_layer_that_cannot_be_edited_stays_as_it_was_inside_jit():
@@ -196,3 +256,6 @@ def test_a_layer_that_cannot_be_edited_stays_as_it_was_inside_jit():
     edited, *others = jax.jit(jax.vmap(edit_kernel))(*stacked)
     assert distance(edited, edit_kernel(w, k, v, c)) < 1e-5
     assert [distance(other, w) for other in others] == [0, 0, 0]
+    half = jnp.float16(w)
+    beyond = jax.jit(edit_kernel)(half, k, 1e6 * v, c)
+    assert beyond.dtype == jnp.float16 and distance(beyond, half) == 0

@@ -131,6 +131,13 @@ def test_the_share_is_exact_among_equal_weights(fraction):
     assert np.array_equal(pruned["kernel"] == 0, free)
 
 
+def test_the_share_of_known_numbers_is_rounded_as_python_does():
+    params = {"kernel": np.ones((10, 15), np.float32)}
+    state, _ = packnet_prune(packnet().init(params), params, 0.07)
+    free = np.asarray(state.owner["kernel"]) == 0
+    assert free.sum() == round(0.07 * 150) == 11  # in float32 it is 10.5 and 10
+
+
 @pytest.mark.parametrize("value", [5.0, np.inf, np.nan])
 def test_weights_of_other_tasks_stay_theirs_whatever_the_own_ones_hold(value):
     params = {"kernel": np.float32([[1.0, 2.0], [3.0, value]])}
@@ -208,6 +215,33 @@ def test_a_task_too_many_inside_jit_spoils_the_last_one_only():
     after = jax.jit(boundary)(state, params)
     assert after.task == 255
     assert after.owner["kernel"].tolist() == [[1, 2, 255], [255, 255, 254]]
+
+
+def test_a_task_is_its_number_and_never_what_eight_bits_make_of_it():
+    params = {"kernel": np.float32([[1.0, 2.0, 3.0]])}
+    owner = {"kernel": np.uint8([[1, 255, 0]])}
+    state = packnet().init(params)._replace(owner=owner, task=np.uint8(255))
+    read = jax.jit(packnet_params)  # a Python integer is a weak one in there
+    for task, expected in ((1, [1, 0, 0]), (254, [1, 0, 0]), (255, [1, 2, 0])):
+        for given in (task, np.int64(task), np.array(task), jnp.uint8(task)):
+            assert packnet_params(state, params, given)["kernel"].tolist() == [expected]
+        assert read(state, params, task)["kernel"].tolist() == [expected]
+    for task in (256, 257, jnp.int32(300)):  # its value is not known inside jit
+        assert read(state, params, task)["kernel"].tolist() == [[1, 2, 0]]
+    for wrong in (0, 256, 257, 10**10, np.int64(300), np.nan):
+        with pytest.raises(ValueError, match=r"`task` must be .* in \[1, 255\]"):
+            packnet_params(state, params, wrong)
+    for wrong in (1.5, 2.0, np.float32(1), jnp.float32(1), True, "1"):
+        with pytest.raises(TypeError, match="`task` must be"):
+            packnet_params(state, params, wrong)
+
+
+def test_a_task_ends_inside_jit_also_in_a_state_that_it_closes_over():
+    params = make_params()
+    state, params = prune(packnet().init(params), params, 0.5)
+    inside = jax.jit(lambda params: boundary(state, params))(params)
+    same = jax.tree.map(np.array_equal, inside, boundary(state, params))
+    assert all(jax.tree.leaves(same))
 
 
 def test_that_no_weight_is_free_is_told_once_and_at_the_end_of_a_task():

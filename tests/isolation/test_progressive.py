@@ -228,6 +228,16 @@ def test_what_later_columns_would_feed_is_zero_from_the_first_update():
         assert np.array_equal(new["second"][:, 1], mine["second"][:, 1])
 
 
+def test_bfloat16_updates_bring_float32_to_zero_in_three_steps():
+    link = progressive(2, inputs="first")
+    params = {"first": normal(0, 2, 2), "second": normal(1, 40, 20)}
+    state = link.init(params)
+    for _ in range(3):
+        zero = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.bfloat16), params)
+        params = optax.apply_updates(params, link.update(zero, state, params)[0])
+    assert not params["second"][20:, :10].any() and params["second"][:20].all()
+
+
 def test_a_leaf_common_to_all_columns_is_trained_by_the_first_task_alone():
     link = progressive(2, inputs="first", axes={"shared": (None, None)})
     params = {"first": np.ones((1, 2)), "shared": np.ones((3, 5)), "scale": np.ones([])}
@@ -269,6 +279,45 @@ def test_nothing_is_compiled_again_over_tasks_and_nothing_learns_after_the_last(
     )
 
 
+def test_tasks_beyond_the_last_column_learn_nothing_however_many():
+    link, params = progressive(2, inputs="first"), {"first": np.ones((2, 4))}
+    state = link.init(params)
+    with pytest.warns(UserWarning, match="2 columns"):
+        for _ in range(4):
+            state = boundary(state, params)
+        (row,) = optax_cl.describe(state)
+        assert (row.tasks, row.left) == (2, 0)
+        # The number of a task stops where eight bits end.
+        state = boundary(state._replace(task=np.uint8(255)), params)
+    assert state.task == 255
+    assert not link.update(params, state, params)[0]["first"].any()
+
+
+def test_a_task_ends_inside_jit_also_in_a_state_that_it_closes_over():
+    params = make_params()
+    state = progressive(COLUMNS, inputs="first").init(params)
+    for task in (1, COLUMNS):
+        state = state._replace(task=jnp.uint8(task))
+        inside = jax.jit(lambda state=state: boundary(state, params))
+        if task < COLUMNS:
+            assert inside().task == task + 1
+        else:
+            with pytest.warns(UserWarning, match="3 columns"):
+                assert inside().task == task + 1
+
+
+def test_axes_may_be_integers_of_numpy():
+    params = {**make_params(), "heads": normal(5, 2, 6, 3)}
+    updates = jax.tree.map(jnp.zeros_like, params)
+
+    def routed(*pair):
+        link = progressive(3, inputs="first", axes={"heads": pair})
+        return link.update(updates, link.init(params), params)[0]["heads"]
+
+    assert np.array_equal(routed(np.int64(2), np.int32(1)), routed(2, 1))
+    assert np.array_equal(routed(None, np.uint8(1)), routed(None, 1))
+
+
 def test_mistakes_are_named():
     params = make_params()
     make = functools.partial(progressive, inputs="first")
@@ -281,6 +330,9 @@ def test_mistakes_are_named():
         progressive(2, inputs="(")
     with pytest.raises(ValueError, match="`axes` must be a regular expression"):
         make(2, axes={"(": (0, 1)})
+    for arguments in ({"inputs": b"first"}, {"inputs": "a", "axes": {b"b": (0, 1)}}):
+        with pytest.raises(ValueError, match=r"must be a regular expression.*bytes"):
+            progressive(2, **arguments)
     with pytest.raises(ValueError, match=r"`inputs`.*'frst'.*no leaf.*bias, first"):
         progressive(3, inputs="frst").init(params)
     with pytest.raises(ValueError, match=r"`axes`.*'conv'.*no leaf"):
@@ -291,7 +343,16 @@ def test_mistakes_are_named():
         wrong = {"first": params["first"], path: np.zeros(shape, np.float32)}
         with pytest.raises(ValueError, match=rf"can't tell which axes .*`{path}`"):
             make(3).init(wrong)
-    for pair in ((0, 0), (1, None), (0, 2), (0,), 1, (True, 1.5)):
+    for pair in (
+        (0, 0),
+        (1, None),
+        (0, 2),
+        (0,),
+        1,
+        (False, True),
+        (None, True),
+        (0, 1.0),
+    ):
         with pytest.raises(ValueError, match=r"`axes` gives the leaf `second`"):
             make(3, axes={"second": pair}).init(params)
     with pytest.raises(TypeError, match="complex"):

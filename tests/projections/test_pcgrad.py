@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,6 +137,12 @@ def test_a_zero_gradient_leaves_the_memories_to_be_learnt():
     np.testing.assert_allclose(out, expected, rtol=1e-6)
 
 
+def test_what_conflicts_with_a_gradient_too_small_to_square_stays():
+    g, rows = problem(4, "all opposed")
+    g = -1e-30 * rows[0]
+    np.testing.assert_array_equal(routed(g, rows, np.arange(K) == 0), rows[0])
+
+
 def test_the_raw_gradient_stays_the_current_tasks():
     g, rows = problem(2, "all opposed")
     tx = optax_cl.chain(pcgrad(), optax_cl.scale_by_decoupled_adam(second_moment="raw"))
@@ -179,6 +186,19 @@ def test_steps_are_counted_and_repeat():
     assert bits(other) != bits(outs[0])
 
 
+def test_a_seed_is_any_integer_and_may_be_a_hyperparameter():
+    for seed in (-1, 2**63 - 1, np.int64(3), np.array(3), jnp.uint8(3)):
+        pcgrad(seed=seed)
+    tx = optax.inject_hyperparams(pcgrad)()
+    g, rows = map(tree_of, problem(1, "all opposed"))
+
+    @jax.jit
+    def step(g, rows):
+        return tx.update(g, tx.init(g), memory_updates=rows, memory_mask=ALL)[0]
+
+    assert bits(step(g, rows)) == bits(route(g, rows))
+
+
 def test_mistakes_are_named():
     g, rows = map(tree_of, problem(0))
     state = TX.init(g)
@@ -188,6 +208,9 @@ def test_mistakes_are_named():
         TX.update(g, state, memory_updates=rows, memory_mask=ALL[:4])
     with pytest.raises(ValueError, match="`reduce`"):
         pcgrad(reduce="max")
-    for seed in (True, 0.5):
-        with pytest.raises(TypeError, match="`seed`"):
+    for seed in (True, 0.5, None, jnp.float32(1), jnp.array(True), np.array([1, 2])):
+        with pytest.raises(TypeError, match="`seed` must be an integer"):
+            pcgrad(seed=seed)
+    for seed in (2**63, -(2**70)):
+        with pytest.raises(ValueError, match="`seed` must be from"):
             pcgrad(seed=seed)
