@@ -195,8 +195,8 @@ class Method(NamedTuple):
     about: optax_cl.Task = _TASK
     # Batches of all tasks so far, as if nothing were ever out of reach.
     joint: bool = False
-    # The task is told, in training and in evaluation.
-    told: bool = False
+    # Whether Adam's moments start anew with each task, which trains other weights.
+    resets: bool = False
 
 
 def _adam(*modifiers, post=()):
@@ -316,7 +316,8 @@ def _methods() -> dict[str, Method]:
             _attenuated(optax_cl.balance),
             large,
         ),
-        Method("A-GEM", _DATA, _adam(post=(optax_cl.agem(),)), extra=_reference),
+        Method("A-GEM", _DATA, _adam(lambda lane: optax_cl.agem()), extra=_reference),
+        Method("A-GEM behind", _DATA, _adam(post=(optax_cl.agem(),)), extra=_reference),
         Method(
             "GEM",
             _DATA,
@@ -352,7 +353,7 @@ def _methods() -> dict[str, Method]:
             _last(isolation.packnet()),
             (0.5, 0.75, 0.85, 0.9),
             scenarios=_TOLD,
-            told=True,
+            resets=True,
         ),
         Method(
             "Progressive",
@@ -360,7 +361,7 @@ def _methods() -> dict[str, Method]:
             _last(isolation.progressive(_TASKS, inputs="^in$")),
             objective=_progressive,
             scenarios=_TOLD,
-            told=True,
+            resets=True,
         ),
         Method("all data", "everything", _adam(), joint=True),
     ]

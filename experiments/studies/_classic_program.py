@@ -88,7 +88,7 @@ def make_program(method: arms.Method, name: str, steps: int) -> Program:
             key=lanes.key(lane.seed, lanes.COLLECT, task),
         )
         opt_state = optax_cl.end_task(
-            opt_state, params, statistics, moments="reset" if method.told else "keep"
+            opt_state, params, statistics, moments="reset" if method.resets else "keep"
         )
         opt_state = optax_cl.begin_task(opt_state, params)
         chosen = carry.chosen

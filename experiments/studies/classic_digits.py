@@ -59,6 +59,14 @@ def check(config: Config) -> None:
     configs.check_arms(config.arms, list(arms.METHODS))
     configs.check_seeds(config)
     configs.check_distinct(config, "scenarios", "arms", "rates")
+    for name in ("scenarios", "rates"):
+        if not getattr(config, name):
+            raise ValueError(f"`--{name}` must name one at least.")
+    if without := sorted(set(config.arms) - set(chosen(config))):
+        raise ValueError(
+            f"of `--arms` {without} have none of the scenarios "
+            f"{list(config.scenarios)}; add one of theirs to `--scenarios`."
+        )
     configs.check_digits()
 
 

@@ -76,6 +76,36 @@ def test_what_competes_is_the_scenarios():
         assert np.asarray(batch["may"])[np.arange(6), batch["y"]].all()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rates": ()}, "`--rates` must name one"),
+        ({"scenarios": ()}, "`--scenarios` must name one"),
+        (
+            {"arms": ("EWC", "ER-ACE"), "scenarios": ("domain",)},
+            r"`--arms` \['ER-ACE'\] have none of the scenarios",
+        ),
+    ],
+)
+def test_a_run_without_a_single_setting_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        classic_digits.check(classic_digits.Config(**changes))
+
+
+def test_a_scenario_in_which_nothing_ran_is_left_out_of_the_report(monkeypatch):
+    config = classic_digits.Config(arms=("ER-ACE",), seeds=2, tuning=1, rates=(1e-3,))
+    accuracy = np.ones([2, data.TASKS + 1, data.TASKS])
+    found = {"ER-ACE": accuracy, "ER-ACE, tuning": accuracy[:1]}
+    monkeypatch.setattr(
+        reporting.run_folder,
+        "load_program",
+        lambda folder, name: {"evaluate/accuracy": found[name]},
+    )
+    loaded = reporting.load("folder", config, classic_digits.chosen(config))
+    content = reporting.report(loaded, config)
+    assert [t.name for t in content.tables] == ["class"]
+
+
 def test_the_best_setting_of_each_scenario_is_that_of_the_tuning_seeds():
     tried = reporting.settings("EWC", ("class", "task"), (1e-3, 3e-3))
     accuracy = np.zeros([len(tried), 3, data.TASKS + 1, data.TASKS])
