@@ -35,7 +35,7 @@ WRITTEN_OUT = {
     ),
     "agem": (
         lambda **adamw: recipes.agem_adamw(RATE, **adamw),
-        lambda: optax_cl.chain(adam(), DECAYED, optax_cl.agem(), DESCENT),
+        lambda: optax_cl.chain(optax_cl.agem(), adam(), DECAYED, DESCENT),
     ),
     "ewc": (
         lambda **adamw: recipes.ewc_adamw(RATE, 30.0, **adamw),
